@@ -1,0 +1,110 @@
+//! What a server serves.
+//!
+//! One task drives a connection: it decodes all requests of a receive, calls the export for each, and answers all that
+//! are ready in one send. So an export answers **at once** wherever it can ([`Answer::Now`]); only what must wait for a
+//! peer or for the disk's write cache returns a future ([`Answer::Later`]), which the connection's own task polls: there
+//! is never a task a request. The server has checked range, alignment, flags and read-only before it calls.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use crate::wire::Errno;
+
+/// The answer to a request: here already, or a future that the connection's task polls to its end.
+///
+/// A future may be dropped before its end (the client has gone): it must own what it uses and leave no state half done.
+pub enum Answer<T> {
+    /// Done.
+    Now(Result<T, Errno>),
+    /// To be waited for.
+    Later(BoxFuture<'static, Result<T, Errno>>),
+}
+
+/// The answer to a READ.
+pub enum ReadAnswer {
+    /// On `Ok`, the buffer that was given is filled to its end.
+    Now(Result<(), Errno>),
+    /// The bytes come later, exactly as many as were asked; the buffer that was given is not used.
+    Later(BoxFuture<'static, Result<Bytes, Errno>>),
+}
+
+/// What an export says of itself during negotiation (NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE, NBD_INFO_DESCRIPTION).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExportInfo {
+    /// Size in bytes; any value, not only a multiple of a block.
+    pub size: u64,
+    /// Writes are refused with EPERM.
+    pub read_only: bool,
+    /// Free text for NBD_OPT_LIST and NBD_INFO_DESCRIPTION.
+    pub description: String,
+    /// Preferred request alignment in bytes: a power of two, 512 or more. The minimum is always 1.
+    pub preferred_block: u32,
+    /// FLUSH on one connection covers writes answered on every other (NBD_FLAG_CAN_MULTI_CONN).
+    pub multi_conn: bool,
+    /// Names of the meta contexts that can be asked for, for example `base:allocation`.
+    pub contexts: Vec<String>,
+}
+
+/// One extent of a BLOCK_STATUS reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes, never 0.
+    pub length: u64,
+    /// Status flags of the context. Contexts with 32-bit flags (all of today's) use the low half.
+    pub flags: u64,
+}
+
+/// `base:allocation`: the extent is a hole.
+pub const STATE_HOLE: u64 = 1;
+/// `base:allocation`: the extent reads as zeroes.
+pub const STATE_ZERO: u64 = 2;
+
+/// How a WRITE_ZEROES is to be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ZeroMode {
+    /// Allocate, do not punch a hole (NBD_CMD_FLAG_NO_HOLE).
+    pub no_hole: bool,
+}
+
+/// A virtual disk. Object-safe; cheap to call from many connections at once.
+///
+/// `fua` means: the data of this request is durable before the answer is `Ok`.
+pub trait Export: Send + Sync + 'static {
+    /// Properties for negotiation. Asked anew for every client.
+    fn info(&self) -> ExportInfo;
+
+    /// Fills `buffer` from `offset`, or says that it comes later.
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer;
+
+    /// Writes `data` at `offset`.
+    fn write(&self, offset: u64, data: Bytes, fua: bool) -> Answer<()>;
+
+    /// Makes every write that was answered before, on any connection, durable.
+    fn flush(&self) -> Answer<()>;
+
+    /// Gives up the content of a range; what a later read returns is up to the export.
+    fn trim(&self, offset: u64, length: u64, fua: bool) -> Answer<()>;
+
+    /// Makes a range read as zeroes.
+    fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode, fua: bool) -> Answer<()>;
+
+    /// Prefetches a range into the local store (NBD_CMD_CACHE).
+    fn cache(&self, offset: u64, length: u64) -> Answer<()>;
+
+    /// The extents of one context from `offset`, covering at most `length` bytes and at least one extent; the last may
+    /// not reach beyond `offset + length`. At most `max_extents` are returned (1 under NBD_CMD_FLAG_REQ_ONE).
+    fn block_status(&self, context: &str, offset: u64, length: u64, max_extents: usize) -> Answer<Vec<Extent>>;
+
+    /// A client has entered transmission; the guard is dropped when it leaves. For counting clients.
+    fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync>;
+}
+
+/// The exports of a server by name.
+pub trait Exports: Send + Sync + 'static {
+    /// The export that a client asked for; the empty name is the default export.
+    fn find(&self, name: &str) -> Option<Arc<dyn Export>>;
+    /// Names and descriptions for NBD_OPT_LIST.
+    fn list(&self) -> Vec<(String, String)>;
+}

@@ -1,0 +1,20 @@
+//! `lazy-migrate`: a running container moves to another host with a pause that does not depend on its disk.
+//!
+//! `docs/architecture.md` tells how the parts fit together; dependencies point one way:
+//! cli -> node, control -> migration driver -> container, device, peer; and NBD server -> export -> fetch -> upstream.
+
+pub mod block_map;
+pub mod cli;
+pub mod container;
+pub mod control;
+pub mod device;
+pub mod export;
+pub mod fetch;
+pub mod migration;
+pub mod node;
+pub mod peer;
+pub mod pull;
+pub mod store;
+pub mod tracker;
+pub mod units;
+pub mod upstream;

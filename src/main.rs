@@ -1,0 +1,3 @@
+//! The `lazy-migrate` command.
+
+fn main() {}
