@@ -5,9 +5,11 @@
 
 pub mod block_map;
 pub mod cli;
+pub mod clock;
 pub mod container;
 pub mod control;
 pub mod device;
+pub mod error;
 pub mod export;
 pub mod fetch;
 pub mod migration;

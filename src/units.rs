@@ -3,6 +3,7 @@
 //! Everything here is plain arithmetic; all ranges are half open.
 
 use std::fmt;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -173,6 +174,33 @@ impl Epoch {
 impl fmt::Display for Epoch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
+    }
+}
+
+/// A point on the clock that counts from this host's boot and also runs while it is suspended (CLOCK_BOOTTIME).
+/// Never compared between hosts, never stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BootTime(Duration);
+
+impl BootTime {
+    /// From the time since boot.
+    pub const fn new(since_boot: Duration) -> Self {
+        Self(since_boot)
+    }
+
+    /// The time since boot.
+    pub const fn since_boot(self) -> Duration {
+        self.0
+    }
+
+    /// This point and `span` later.
+    pub fn after(self, span: Duration) -> Self {
+        Self(self.0.saturating_add(span))
+    }
+
+    /// How long it is from `earlier` to here; zero when `earlier` is not earlier.
+    pub fn since(self, earlier: BootTime) -> Duration {
+        self.0.saturating_sub(earlier.0)
     }
 }
 

@@ -1,0 +1,316 @@
+//! The destination's machine: runs only while its lease holds, and keeps what it has until the source knows.
+//!
+//! ```text
+//! Preparing --export made, source answers--> Ready --told, fresh beat--> Active --all durable, source knows--> Complete
+//!     |                                        |                          |  ^
+//!     |  cancel                                | cancel            lease  v  | renewed
+//!     +------------> Discarded <---------------+---- rolled back ------ Fenced
+//! ```
+
+use std::collections::VecDeque;
+
+use super::{BeatAnswer, Denied};
+use crate::error::Failure;
+use crate::migration::lease::{Beat, HeldLease};
+use crate::migration::phase::{DestinationPhase, DestinationStep};
+use crate::migration::record::DestinationRecord;
+use crate::units::{BootTime, Epoch};
+
+/// Something to do. The driver does them one after the other and reports each.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DestinationEffect {
+    /// Make the record durable.
+    Journal(DestinationRecord),
+    /// Serve I/O.
+    Open,
+    /// Hold I/O: nothing fails, nothing is acknowledged.
+    Hold,
+    /// End I/O with ESHUTDOWN.
+    Close,
+    /// Fetch in the background.
+    StartPull,
+    /// The container stops, I/O pending or not.
+    FreezeContainer,
+    /// The container goes on.
+    ThawContainer,
+    /// The container is killed, its device torn down.
+    TearDown,
+    /// Tell the source that every block is durable here; report with [`DestinationEvent::SourceKnows`].
+    TellComplete,
+    /// The command that is being done has ended.
+    Answer(Result<(), Denied>),
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DestinationEvent {
+    /// The export is made and the source's disk answers.
+    ExportReady,
+    /// The source hands over: `beat` is the last beat that it had heard.
+    Activate {
+        /// At this epoch.
+        epoch: Epoch,
+        /// From whose sending the lease counts.
+        beat: Beat,
+    },
+    /// The source's answer to a beat.
+    BeatAnswered {
+        /// Which one.
+        beat: Beat,
+        /// What it said.
+        answer: BeatAnswer,
+    },
+    /// Time has passed.
+    Tick,
+    /// Every block is present, and durable with its bit.
+    AllDurable,
+    /// The answer to [`DestinationEffect::TellComplete`]: the source has recorded its release, or not.
+    SourceKnows(Result<(), Failure>),
+    /// The source cancelled or rolled back, at this epoch.
+    Discard(Epoch),
+    /// The record is durable, or could not be made so.
+    Journaled(Result<(), Failure>),
+    /// Any other effect has ended.
+    Done,
+}
+
+/// See the module's text.
+pub struct DestinationMachine {
+    record: DestinationRecord,
+    lease: HeldLease,
+    all_durable: bool,
+    telling: bool,
+    command: bool,
+    effects: VecDeque<DestinationEffect>,
+}
+
+impl DestinationMachine {
+    /// A new migration, to be made ready; `record` is at [`DestinationPhase::Preparing`]. It is journaled first.
+    pub fn new(record: DestinationRecord) -> Self {
+        let lease = HeldLease::new(record.timings);
+        let effects = VecDeque::from([DestinationEffect::Journal(record.clone())]);
+        Self { record, lease, all_durable: false, telling: false, command: false, effects }
+    }
+
+    /// After a restart. What was not handed over is given up; what was waits, fenced, for a renewed lease.
+    pub fn recover(record: DestinationRecord) -> Self {
+        let mut machine = Self::new(record);
+        machine.effects.clear();
+        match machine.record.phase {
+            DestinationPhase::Preparing | DestinationPhase::Ready => machine.discard(),
+            DestinationPhase::Active | DestinationPhase::Fenced => {
+                machine.record.phase = DestinationPhase::Fenced;
+                machine.effects.extend([DestinationEffect::Hold, DestinationEffect::FreezeContainer]);
+            }
+            DestinationPhase::Complete => machine.effects.push_back(DestinationEffect::Open),
+            DestinationPhase::Discarded => {
+                machine.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
+            }
+        }
+        machine
+    }
+
+    /// The state as it would be journaled.
+    pub fn record(&self) -> &DestinationRecord {
+        &self.record
+    }
+
+    /// Whether a command is being done.
+    pub fn is_busy(&self) -> bool {
+        self.command
+    }
+
+    /// Whether beats are to be sent.
+    pub fn beats(&self) -> bool {
+        matches!(self.record.phase, DestinationPhase::Ready | DestinationPhase::Active | DestinationPhase::Fenced)
+    }
+
+    /// The number for the beat that is sent now.
+    pub fn send_beat(&mut self, now: BootTime) -> Beat {
+        self.lease.send_beat(now)
+    }
+
+    /// The lease as it is held.
+    pub fn lease(&self) -> &HeldLease {
+        &self.lease
+    }
+
+    /// Until when I/O may be acknowledged: `None` is without end (complete), the past when it may not at all.
+    pub fn io_deadline(&self) -> Option<BootTime> {
+        match self.record.phase {
+            DestinationPhase::Complete => None,
+            DestinationPhase::Active => Some(self.lease.stop_at().unwrap_or_default()),
+            _ => Some(BootTime::default()),
+        }
+    }
+
+    /// When [`DestinationEvent::Tick`] is due.
+    pub fn next_timeout(&self) -> Option<BootTime> {
+        (self.record.phase == DestinationPhase::Active).then(|| self.lease.stop_at()).flatten()
+    }
+
+    /// The next thing to do.
+    pub fn poll_effect(&mut self) -> Option<DestinationEffect> {
+        self.effects.pop_front()
+    }
+
+    /// Something happened. `ExportReady`, `Activate` and `Discard` are commands: they end with
+    /// [`DestinationEffect::Answer`].
+    pub fn handle(&mut self, now: BootTime, event: DestinationEvent) {
+        match event {
+            DestinationEvent::ExportReady => self.command(|machine| {
+                machine.step(DestinationStep::BecomeReady)?;
+                machine.effects.push_back(DestinationEffect::Hold);
+                machine.journal();
+                machine.answer(Ok(()));
+                Ok(())
+            }),
+            DestinationEvent::Activate { epoch, beat } => self.command(|machine| {
+                machine.check_epoch(epoch)?;
+                let next = machine.record.phase.step(DestinationStep::Activate)?;
+                // A word that lay in the link for longer than a lease is not a lease.
+                if !machine.lease.renew(now, beat) {
+                    return Err(Denied::NoBeat);
+                }
+                machine.record.phase = next;
+                machine.journal();
+                machine.effects.extend([DestinationEffect::Open, DestinationEffect::StartPull]);
+                machine.answer(Ok(()));
+                Ok(())
+            }),
+            DestinationEvent::Discard(epoch) => self.command(|machine| {
+                machine.check_epoch(epoch)?;
+                machine.record.phase.step(DestinationStep::Discard)?;
+                machine.discard();
+                machine.answer(Ok(()));
+                Ok(())
+            }),
+            DestinationEvent::BeatAnswered { beat, answer } => self.beat_answered(now, beat, answer),
+            DestinationEvent::Tick => self.fence_if_over(now),
+            DestinationEvent::AllDurable => {
+                self.all_durable = true;
+                self.tell_complete();
+            }
+            DestinationEvent::SourceKnows(result) => {
+                self.telling = false;
+                if result.is_ok() {
+                    self.complete();
+                }
+            }
+            DestinationEvent::Journaled(Ok(())) | DestinationEvent::Done => {}
+            DestinationEvent::Journaled(Err(failure)) => {
+                // What the record stands for must not happen; a destination that cannot record gives up what it was
+                // about to take, and keeps still with what it has.
+                self.effects.clear();
+                let failure = failure.context("cannot write the journal");
+                match self.record.phase {
+                    DestinationPhase::Active => {
+                        self.record.phase = DestinationPhase::Discarded;
+                        self.effects.push_back(DestinationEffect::Close);
+                    }
+                    DestinationPhase::Discarded => {
+                        self.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
+                    }
+                    _ => {}
+                }
+                self.answer(Err(Denied::Failed(failure)));
+            }
+        }
+    }
+
+    fn beat_answered(&mut self, now: BootTime, beat: Beat, answer: BeatAnswer) {
+        match answer {
+            BeatAnswer::Granted => {
+                let holds = self.lease.renew(now, beat);
+                if holds && self.record.phase == DestinationPhase::Fenced && self.step(DestinationStep::Unfence).is_ok()
+                {
+                    self.effects.extend([
+                        DestinationEffect::Open,
+                        DestinationEffect::ThawContainer,
+                        DestinationEffect::StartPull,
+                    ]);
+                }
+                self.fence_if_over(now);
+                self.tell_complete();
+            }
+            BeatAnswer::GiveBack | BeatAnswer::RolledBack => {
+                if self.record.phase.step(DestinationStep::Discard).is_ok() {
+                    self.discard();
+                }
+            }
+            // It knows already: the answer to the last word was lost.
+            BeatAnswer::Released => self.complete(),
+        }
+    }
+
+    fn fence_if_over(&mut self, now: BootTime) {
+        if self.record.phase == DestinationPhase::Active
+            && !self.lease.holds(now)
+            && self.step(DestinationStep::Fence).is_ok()
+        {
+            self.effects.extend([DestinationEffect::Hold, DestinationEffect::FreezeContainer]);
+        }
+    }
+
+    fn tell_complete(&mut self) {
+        if self.all_durable && !self.telling && self.record.phase == DestinationPhase::Active {
+            self.telling = true;
+            self.effects.push_back(DestinationEffect::TellComplete);
+        }
+    }
+
+    fn complete(&mut self) {
+        let fenced = self.record.phase == DestinationPhase::Fenced;
+        if fenced && self.step(DestinationStep::Unfence).is_err() {
+            return;
+        }
+        if self.step(DestinationStep::Complete).is_ok() {
+            self.journal();
+            if fenced {
+                self.effects.extend([DestinationEffect::Open, DestinationEffect::ThawContainer]);
+            }
+        }
+    }
+
+    fn discard(&mut self) {
+        self.effects.push_back(DestinationEffect::Hold);
+        self.effects.push_back(DestinationEffect::FreezeContainer);
+        if self.step(DestinationStep::Discard).is_ok() {
+            self.journal();
+            self.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
+        }
+    }
+
+    fn check_epoch(&self, epoch: Epoch) -> Result<(), Denied> {
+        if epoch == self.record.epoch {
+            Ok(())
+        } else {
+            Err(Denied::Stale { theirs: epoch.0, ours: self.record.epoch.0 })
+        }
+    }
+
+    fn command(&mut self, body: impl FnOnce(&mut Self) -> Result<(), Denied>) {
+        debug_assert!(!self.command, "the driver gives one command at a time");
+        self.command = true;
+        match body(self) {
+            Ok(()) => {}
+            Err(denied) if denied.is_already() => self.answer(Ok(())),
+            Err(denied) => self.answer(Err(denied)),
+        }
+    }
+
+    fn answer(&mut self, result: Result<(), Denied>) {
+        if std::mem::take(&mut self.command) {
+            self.effects.push_back(DestinationEffect::Answer(result));
+        }
+    }
+
+    fn step(&mut self, step: DestinationStep) -> Result<(), Denied> {
+        self.record.phase = self.record.phase.step(step)?;
+        Ok(())
+    }
+
+    fn journal(&mut self) {
+        self.effects.push_back(DestinationEffect::Journal(self.record.clone()));
+    }
+}

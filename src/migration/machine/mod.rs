@@ -1,0 +1,71 @@
+//! The migration machines: pure, one for each role.
+//!
+//! A machine is told what happened ([`SourceMachine::handle`], [`DestinationMachine::handle`]) and says what to do next
+//! ([`SourceMachine::poll_effect`]); it never does anything itself. The driver runs one effect after the other, in the
+//! order they come out, and tells the machine how each ended. So the rule "the record is durable before its effect" is
+//! an order of effects here, and can be read and tested here.
+
+mod destination;
+mod source;
+
+pub use destination::{DestinationEffect, DestinationEvent, DestinationMachine};
+pub use source::{PeerWord, SourceEffect, SourceEvent, SourceMachine};
+
+use std::time::Duration;
+
+use super::phase::{Refusal, Refused};
+
+/// What the source answers to a beat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BeatAnswer {
+    /// Heard; nothing is handed over yet, or the lease is renewed.
+    Granted,
+    /// The source wants the disk back: stop, discard, and say so.
+    GiveBack,
+    /// The source owns the disk again.
+    RolledBack,
+    /// The source has recorded that it was released.
+    Released,
+}
+
+/// Why a command was not done.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Denied {
+    /// The table refuses it.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// The destination cannot be told, and its lease has not ended: it may still own the disk.
+    #[error(
+        "the destination may still own the disk: it does not answer and its lease ends in {:.1} s; \
+         wait that long, or use --wait", unsafe_for.as_secs_f64()
+    )]
+    NotSafeYet {
+        /// Until it is safe.
+        unsafe_for: Duration,
+    },
+    /// It belongs to another attempt or epoch.
+    #[error("it belongs to another migration (epoch {theirs}, here {ours})")]
+    Stale {
+        /// What was said.
+        theirs: u64,
+        /// What is recorded.
+        ours: u64,
+    },
+    /// The destination is not known to be alive.
+    #[error("no fresh heartbeat links the two hosts; check the peer link and try again")]
+    NoBeat,
+    /// Another command is being done.
+    #[error("another command is being done on this disk; try again when it has ended")]
+    Busy,
+    /// An effect failed, or the peer said no.
+    #[error("{0}")]
+    Failed(crate::error::Failure),
+}
+
+impl Denied {
+    /// Whether the refusal only says that it is so already.
+    fn is_already(&self) -> bool {
+        matches!(self, Denied::Refused(Refused { refusal: Refusal::Already, .. }))
+    }
+}

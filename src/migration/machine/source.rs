@@ -1,0 +1,436 @@
+//! The source's machine: gives the disk away at one point, and takes it back only when that is safe.
+//!
+//! ```text
+//! Serving --prepare--> Preparing --handover--> Frozen --recorded, told--> HandedOver --proof--> Released
+//!    ^                    |  cancel              | cancel                    | rollback
+//!    +--------------------+----------------------+---------- RolledBack <----+
+//! ```
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::{BeatAnswer, Denied};
+use crate::error::Failure;
+use crate::migration::lease::{Beat, GrantedLease};
+use crate::migration::phase::{DestinationPhase, Refusal, SourcePhase, SourceStep};
+use crate::migration::record::{SourceContainer, SourceRecord};
+use crate::units::{BootTime, Epoch};
+
+/// How long a rollback that is safe already still tries to tell the destination first.
+const TELL_WHEN_SAFE: Duration = Duration::from_millis(300);
+/// How long a rollback that is not safe yet tries to reach the destination.
+const TELL_WHEN_UNSAFE: Duration = Duration::from_secs(3);
+
+/// Something to do. The driver does them one after the other and reports each.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceEffect {
+    /// Make the record durable.
+    Journal(SourceRecord),
+    /// Ask the destination to prepare; report with [`SourceEvent::PeerPrepared`].
+    AskPrepare,
+    /// Make the disk read-only, settle what is in flight, sync; report with [`SourceEvent::Sealed`].
+    Seal,
+    /// Tell the destination that it owns the disk; report with [`SourceEvent::PeerTold`].
+    TellHandover(Beat),
+    /// Tell the destination to forget it, as far as it can be reached.
+    TellCancel,
+    /// Tell the destination to discard, for at most this long; report with [`SourceEvent::PeerDiscard`].
+    TellDiscard(Duration),
+    /// The disk is read-write again.
+    Unseal,
+    /// The file system is thawed, the container resumed, its network opened.
+    Thaw,
+    /// The container and its device are not needed any more.
+    ReleaseContainer,
+    /// The command that is being done has ended.
+    Answer(Result<(), Denied>),
+}
+
+/// What the destination said, or that it could not be asked.
+#[derive(Clone, Debug, PartialEq)]
+pub enum PeerWord {
+    /// Done.
+    Yes,
+    /// Certainly not done, and why.
+    No(Failure),
+    /// Nobody knows: no answer.
+    Silence(Failure),
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceEvent {
+    /// An operator prepares the migration that the machine was made with.
+    Prepare,
+    /// A container is about to be frozen for the migration: recorded first, so that a restart thaws it.
+    Freezing(SourceContainer),
+    /// An operator hands over.
+    HandOver,
+    /// An operator cancels.
+    Cancel,
+    /// An operator rolls back; `insist` keeps the lease from being renewed until it is safe.
+    RollBack {
+        /// Stop renewing: the operator waits for the disk.
+        insist: bool,
+    },
+    /// The record is durable, or could not be made so.
+    Journaled(Result<(), Failure>),
+    /// The answer to [`SourceEffect::AskPrepare`].
+    PeerPrepared(PeerWord),
+    /// The answer to [`SourceEffect::Seal`].
+    Sealed(Result<(), Failure>),
+    /// The answer to [`SourceEffect::TellHandover`].
+    PeerTold(PeerWord),
+    /// The answer to [`SourceEffect::TellDiscard`].
+    PeerDiscard(PeerWord),
+    /// The destination says that it holds every block durably.
+    PeerComplete(Epoch),
+    /// Any other effect has ended.
+    Done,
+}
+
+/// See the module's text.
+pub struct SourceMachine {
+    record: SourceRecord,
+    ready: bool,
+    told: bool,
+    insisting: bool,
+    rolling_back: bool,
+    command: bool,
+    last_beat: Option<Beat>,
+    lease: Option<GrantedLease>,
+    effects: VecDeque<SourceEffect>,
+}
+
+impl SourceMachine {
+    /// A new migration; `record` is at [`SourcePhase::Serving`].
+    pub fn new(record: SourceRecord) -> Self {
+        debug_assert_eq!(record.phase, SourcePhase::Serving);
+        Self {
+            record,
+            ready: false,
+            told: false,
+            insisting: false,
+            rolling_back: false,
+            command: false,
+            last_beat: None,
+            lease: None,
+            effects: VecDeque::new(),
+        }
+    }
+
+    /// After a restart: the last record's effects are repeated. A lease that may have been granted counts from now.
+    pub fn recover(record: SourceRecord, now: BootTime) -> Self {
+        let phase = record.phase;
+        let mut machine = Self::new(SourceRecord { phase: SourcePhase::Serving, ..record });
+        machine.record.phase = phase;
+        match phase {
+            SourcePhase::Preparing | SourcePhase::Frozen => {
+                machine.effects.push_back(SourceEffect::TellCancel);
+                machine.back_to_serving();
+            }
+            SourcePhase::HandedOver => machine.lease = Some(GrantedLease::new(machine.record.timings, now)),
+            SourcePhase::RolledBack => machine.finish_rollback(),
+            SourcePhase::Released => machine.effects.push_back(SourceEffect::ReleaseContainer),
+            SourcePhase::Serving => {}
+        }
+        machine
+    }
+
+    /// The state as it would be journaled.
+    pub fn record(&self) -> &SourceRecord {
+        &self.record
+    }
+
+    /// Whether the destination is prepared.
+    pub fn is_ready(&self) -> bool {
+        self.ready
+    }
+
+    /// Whether the destination has confirmed the handover.
+    pub fn is_told(&self) -> bool {
+        self.told
+    }
+
+    /// Whether a command is being done.
+    pub fn is_busy(&self) -> bool {
+        self.command
+    }
+
+    /// The granted lease, once something was handed over.
+    pub fn lease(&self) -> Option<&GrantedLease> {
+        self.lease.as_ref().filter(|_| self.record.phase == SourcePhase::HandedOver)
+    }
+
+    /// Whether the destination may own the disk.
+    pub fn is_given_away(&self) -> bool {
+        matches!(self.record.phase, SourcePhase::HandedOver | SourcePhase::Released)
+    }
+
+    /// The next thing to do.
+    pub fn poll_effect(&mut self) -> Option<SourceEffect> {
+        self.effects.pop_front()
+    }
+
+    /// A beat from the destination: answered at once, whatever else is being done.
+    pub fn beat(&mut self, now: BootTime, epoch: Epoch, beat: Beat, theirs: DestinationPhase) -> BeatAnswer {
+        if epoch != self.record.epoch {
+            // After a rollback the epoch is higher: whoever speaks of a lower one has lost the disk.
+            return BeatAnswer::RolledBack;
+        }
+        match self.record.phase {
+            SourcePhase::Released => BeatAnswer::Released,
+            SourcePhase::Serving | SourcePhase::RolledBack => BeatAnswer::RolledBack,
+            SourcePhase::Preparing | SourcePhase::Frozen => {
+                self.last_beat = self.last_beat.max(Some(beat));
+                BeatAnswer::Granted
+            }
+            SourcePhase::HandedOver if theirs == DestinationPhase::Discarded => {
+                // It gave the disk back by itself: nothing runs there any more.
+                self.lease = None;
+                BeatAnswer::GiveBack
+            }
+            SourcePhase::HandedOver if self.insisting || self.rolling_back => BeatAnswer::GiveBack,
+            SourcePhase::HandedOver => {
+                if let Some(lease) = &mut self.lease {
+                    lease.grant(now);
+                }
+                self.last_beat = self.last_beat.max(Some(beat));
+                self.told |= matches!(theirs, DestinationPhase::Active | DestinationPhase::Fenced);
+                BeatAnswer::Granted
+            }
+        }
+    }
+
+    /// Something happened. Commands end with [`SourceEffect::Answer`].
+    pub fn handle(&mut self, now: BootTime, event: SourceEvent) {
+        match event {
+            SourceEvent::Prepare => self.command(|machine| {
+                machine.step(SourceStep::Prepare)?;
+                machine.journal();
+                machine.effects.push_back(SourceEffect::AskPrepare);
+                Ok(())
+            }),
+            SourceEvent::Freezing(container) => self.command(|machine| {
+                machine.record.phase.step(SourceStep::Freeze)?;
+                machine.record.container = Some(container);
+                machine.journal();
+                machine.answer(Ok(()));
+                Ok(())
+            }),
+            SourceEvent::HandOver => self.command(|machine| {
+                if machine.record.phase == SourcePhase::Preparing && !machine.ready {
+                    return Err(Denied::NoBeat);
+                }
+                if let (SourcePhase::HandedOver, false, Some(beat)) =
+                    (machine.record.phase, machine.told, machine.last_beat)
+                {
+                    // The word may have been lost: giving it again is the same word.
+                    machine.effects.push_back(SourceEffect::TellHandover(beat));
+                    return Ok(());
+                }
+                machine.step(SourceStep::Freeze)?;
+                machine.journal();
+                machine.effects.push_back(SourceEffect::Seal);
+                Ok(())
+            }),
+            SourceEvent::Cancel => self.command(|machine| {
+                machine.record.phase.step(SourceStep::Cancel)?;
+                machine.effects.push_back(SourceEffect::TellCancel);
+                machine.back_to_serving();
+                machine.answer(Ok(()));
+                Ok(())
+            }),
+            SourceEvent::RollBack { insist } => self.command(|machine| {
+                machine.record.phase.step(SourceStep::RollBack)?;
+                machine.insisting |= insist;
+                machine.rolling_back = true;
+                let safe = machine.unsafe_for(now).is_zero();
+                let within = if safe { TELL_WHEN_SAFE } else { TELL_WHEN_UNSAFE };
+                machine.effects.push_back(SourceEffect::TellDiscard(within));
+                Ok(())
+            }),
+            SourceEvent::PeerComplete(epoch) => self.command(|machine| {
+                if epoch != machine.record.epoch {
+                    return Err(Denied::Stale { theirs: epoch.0, ours: machine.record.epoch.0 });
+                }
+                machine.step(SourceStep::Release)?;
+                machine.journal();
+                machine.answer(Ok(()));
+                machine.effects.push_back(SourceEffect::ReleaseContainer);
+                Ok(())
+            }),
+            SourceEvent::Journaled(Ok(())) | SourceEvent::Done => {}
+            SourceEvent::Journaled(Err(failure)) => self.journal_failed(failure),
+            SourceEvent::PeerPrepared(word) => match word {
+                PeerWord::Yes => {
+                    self.ready = true;
+                    self.answer(Ok(()));
+                }
+                PeerWord::No(failure) | PeerWord::Silence(failure) => self.give_up(failure),
+            },
+            SourceEvent::Sealed(Ok(())) => match self.last_beat {
+                Some(beat) => {
+                    if let Err(denied) = self.step(SourceStep::HandOver) {
+                        return self.answer(Err(denied));
+                    }
+                    // The record first: from here on the destination may own the disk.
+                    self.lease = Some(GrantedLease::new(self.record.timings, now));
+                    self.journal();
+                    self.effects.push_back(SourceEffect::TellHandover(beat));
+                }
+                None => self.deny_handover(Denied::NoBeat),
+            },
+            SourceEvent::Sealed(Err(failure)) => self.deny_handover(Denied::Failed(failure)),
+            SourceEvent::PeerTold(word) => match word {
+                PeerWord::Yes => {
+                    self.told = true;
+                    self.answer(Ok(()));
+                }
+                // It certainly did not take the disk: nothing ran there, so the freeze point is still the present.
+                PeerWord::No(failure) => {
+                    self.take_back();
+                    self.answer(Err(Denied::Failed(failure)));
+                }
+                PeerWord::Silence(failure) => self.answer(Err(Denied::Failed(failure))),
+            },
+            SourceEvent::PeerDiscard(word) => self.discard_answered(now, word),
+        }
+    }
+
+    /// How long a rollback without the destination's word would still be unsafe.
+    pub fn unsafe_for(&self, now: BootTime) -> Duration {
+        self.lease().map_or(Duration::ZERO, |lease| lease.unsafe_for(now))
+    }
+
+    fn discard_answered(&mut self, now: BootTime, word: PeerWord) {
+        self.rolling_back = false;
+        if self.record.phase != SourcePhase::HandedOver {
+            return self.answer(Ok(()));
+        }
+        match word {
+            PeerWord::Yes => {}
+            PeerWord::No(failure) => {
+                self.insisting = false;
+                return self.answer(Err(Denied::Failed(failure)));
+            }
+            PeerWord::Silence(_) => {
+                let unsafe_for = self.unsafe_for(now);
+                if !unsafe_for.is_zero() {
+                    return self.answer(Err(Denied::NotSafeYet { unsafe_for }));
+                }
+            }
+        }
+        self.take_back();
+        self.answer(Ok(()));
+    }
+
+    fn take_back(&mut self) {
+        if self.step(SourceStep::RollBack).is_err() {
+            return;
+        }
+        self.record.epoch = self.record.epoch.next();
+        self.journal();
+        self.finish_rollback();
+    }
+
+    fn finish_rollback(&mut self) {
+        self.insisting = false;
+        self.lease = None;
+        self.effects.push_back(SourceEffect::Unseal);
+        self.effects.push_back(SourceEffect::Thaw);
+        if self.step(SourceStep::Resume).is_ok() {
+            self.record.container = None;
+            self.journal();
+        }
+    }
+
+    fn back_to_serving(&mut self) {
+        self.effects.push_back(SourceEffect::Unseal);
+        self.effects.push_back(SourceEffect::Thaw);
+        if self.step(SourceStep::Cancel).is_ok() {
+            self.record.container = None;
+            self.ready = false;
+            self.journal();
+        }
+    }
+
+    fn give_up(&mut self, failure: Failure) {
+        self.effects.push_back(SourceEffect::TellCancel);
+        self.back_to_serving();
+        self.answer(Err(Denied::Failed(failure)));
+    }
+
+    /// Nothing was given away: the disk is read-write again, the destination stays prepared or is told to forget.
+    fn deny_handover(&mut self, denied: Denied) {
+        self.effects.push_back(SourceEffect::TellCancel);
+        self.back_to_serving();
+        self.answer(Err(denied));
+    }
+
+    fn journal_failed(&mut self, failure: Failure) {
+        // The effects behind the record must not happen. Before the handover the way back needs no record; after it
+        // the disk stays as it is, and the operator is told.
+        self.effects.clear();
+        let failure = failure.context("cannot write the journal");
+        match self.record.phase {
+            SourcePhase::HandedOver => {
+                // The word was not given, since telling comes after the record.
+                if !self.told {
+                    self.record.phase = SourcePhase::Serving;
+                    self.lease = None;
+                    self.ready = false;
+                    self.effects.extend([SourceEffect::TellCancel, SourceEffect::Unseal, SourceEffect::Thaw]);
+                }
+            }
+            SourcePhase::RolledBack => {
+                self.record.phase = SourcePhase::HandedOver;
+                self.record.epoch = Epoch(self.record.epoch.0 - 1);
+            }
+            SourcePhase::Released => self.record.phase = SourcePhase::HandedOver,
+            SourcePhase::Preparing | SourcePhase::Frozen => {
+                self.record.phase = SourcePhase::Serving;
+                self.ready = false;
+                self.effects.extend([SourceEffect::TellCancel, SourceEffect::Unseal, SourceEffect::Thaw]);
+            }
+            SourcePhase::Serving => {}
+        }
+        self.answer(Err(Denied::Failed(failure)));
+    }
+
+    fn command(&mut self, body: impl FnOnce(&mut Self) -> Result<(), Denied>) {
+        debug_assert!(!self.command, "the driver gives one command at a time");
+        self.command = true;
+        match body(self) {
+            Ok(()) => {}
+            Err(denied) if denied.is_already() => self.answer(Ok(())),
+            Err(denied) => self.answer(Err(denied)),
+        }
+    }
+
+    fn answer(&mut self, result: Result<(), Denied>) {
+        if std::mem::take(&mut self.command) {
+            self.effects.push_back(SourceEffect::Answer(result));
+        }
+    }
+
+    fn step(&mut self, step: SourceStep) -> Result<(), Denied> {
+        self.record.phase = self.record.phase.step(step)?;
+        Ok(())
+    }
+
+    fn journal(&mut self) {
+        self.effects.push_back(SourceEffect::Journal(self.record.clone()));
+    }
+}
+
+impl SourceMachine {
+    /// Whether a step would be taken now, without taking it.
+    pub fn allows(&self, step: SourceStep) -> Result<(), Denied> {
+        match self.record.phase.step(step) {
+            Ok(_) => Ok(()),
+            Err(refused) if refused.refusal == Refusal::Already => Ok(()),
+            Err(refused) => Err(refused.into()),
+        }
+    }
+}
