@@ -1,1 +1,216 @@
-//! (skeleton)
+//! The command line: one file a command. Every command but `serve` asks the local node through its control socket.
+
+mod answers;
+mod disks;
+mod migrate;
+mod serve;
+mod status;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::control::api::WaitFor;
+use crate::control::client::ControlClient;
+use crate::device::Via;
+use crate::error::{Failure, Kind};
+use crate::node::DiskName;
+use crate::pull::Order;
+
+/// Moves a running container to another host with a pause that does not depend on its disk.
+#[derive(Debug, Parser)]
+#[command(name = "lazy-migrate", version, max_term_width = 110)]
+#[command(after_help = "Exit codes: 0 done; 1 failed; 2 usage; 3 refused, because it would be unsafe or the phase is \
+                        wrong; 4 peer or node unreachable; 5 timed out.")]
+struct Arguments {
+    /// The node's control socket.
+    #[arg(
+        long,
+        global = true,
+        env = "LAZY_MIGRATE_CONTROL",
+        value_name = "SOCK",
+        default_value = "/run/lazy-migrate/control.sock"
+    )]
+    control: PathBuf,
+    /// Print the answer as JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run this host's node: its exports, its control socket, its peer link.
+    Serve(serve::ServeArguments),
+    /// Make an existing image or block device an export, write-tracked.
+    Add {
+        /// The export's name.
+        name: DiskName,
+        /// A file or a block device.
+        image: PathBuf,
+    },
+    /// Make a lazily filled export from any NBD server.
+    Pull {
+        /// The export's name.
+        name: DiskName,
+        /// The upstream, for example nbd://host/name or nbd+unix:///name?socket=/path.
+        #[arg(long, value_name = "NBD-URI")]
+        from: String,
+        /// Where the bytes go: a file or a block device [default: a file in the state directory].
+        #[arg(long, value_name = "PATH")]
+        store: Option<PathBuf>,
+        /// The order of the background pull.
+        #[arg(long, value_enum, default_value = "dirty")]
+        order: Order,
+        /// Limit the background pull, in bytes per second.
+        #[arg(long, value_name = "BYTES/s")]
+        rate: Option<u64>,
+        /// Fetch only what is asked for.
+        #[arg(long)]
+        no_background: bool,
+    },
+    /// Forget an export; refused while it is attached or owed to a peer.
+    Remove {
+        /// The export.
+        name: DiskName,
+    },
+    /// Attach an export to a block device, and print the device once a direct read of it succeeds.
+    Attach {
+        /// The export.
+        name: DiskName,
+        /// Which device, for example /dev/nbd3 [default: the kernel chooses].
+        device: Option<PathBuf>,
+        /// By the kernel's NBD device, or by FUSE and a loop device where the kernel has none.
+        #[arg(long, value_enum, default_value = "auto")]
+        via: Via,
+    },
+    /// Take an export's block device away; refused while it is in use.
+    Detach {
+        /// The export.
+        name: DiskName,
+    },
+    /// Make the destination ready: it creates the empty export and connects back.
+    Prepare {
+        /// The export.
+        name: DiskName,
+        /// The destination's peer address.
+        #[arg(long, value_name = "PEER")]
+        to: String,
+    },
+    /// After the freeze: this host's disk becomes read-only and the destination its owner.
+    Handover {
+        /// The export.
+        name: DiskName,
+    },
+    /// Give a migration up before the handover.
+    Cancel {
+        /// The export.
+        name: DiskName,
+    },
+    /// Move a container and its disk: prepare, freeze, checkpoint, hand over, resume there, pull the rest.
+    Migrate(migrate::MigrateArguments),
+    /// Wait until something is true of an export.
+    Wait {
+        /// The export.
+        name: DiskName,
+        /// What to wait for.
+        #[arg(long = "for", value_enum, default_value = "complete")]
+        what: WaitFor,
+        /// Give up after this long, for example 90s or 5m.
+        #[arg(long, value_parser = humantime::parse_duration)]
+        timeout: Option<Duration>,
+    },
+    /// Show one export, or all.
+    Status {
+        /// The export [default: all].
+        name: Option<DiskName>,
+        /// Show it again every second until interrupted.
+        #[arg(long)]
+        watch: bool,
+    },
+    /// Compare all blocks that were not written since the handover with the source's.
+    Verify {
+        /// The export.
+        name: DiskName,
+    },
+    /// On the source: take the disk back at the freeze point, and let the container go on here.
+    Rollback {
+        /// The export.
+        name: DiskName,
+        /// Say what would be done and lost, and whether it is safe; change nothing.
+        #[arg(long)]
+        plan: bool,
+        /// Wait until it is safe instead of refusing.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Print a completion script.
+    Completions {
+        /// For which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page.
+    Man,
+}
+
+/// Runs the command that the process was called with.
+pub fn main() -> ExitCode {
+    // A reader that has gone (`| head`) is no error of ours.
+    let arguments = Arguments::parse();
+    match run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("lazy-migrate: {failure}");
+            ExitCode::from(failure.kind.exit_code())
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))?;
+    let Arguments { control, json, command } = arguments;
+    let client = ControlClient::new(&control);
+    let answer = answers::Answer { json };
+    let outcome = runtime.block_on(async {
+        match command {
+            Command::Serve(arguments) => serve::run(arguments, control).await,
+            Command::Add { name, image } => disks::add(&client, &answer, name, image).await,
+            Command::Pull { name, from, store, order, rate, no_background } => {
+                let ask = disks::pull_ask(name, from, store, order, rate, !no_background)?;
+                disks::pull(&client, &answer, ask).await
+            }
+            Command::Remove { name } => disks::remove(&client, &answer, name).await,
+            Command::Attach { name, device, via } => disks::attach(&client, &answer, name, device, via).await,
+            Command::Detach { name } => disks::detach(&client, &answer, name).await,
+            Command::Prepare { name, to } => migrate::prepare(&client, &answer, name, to).await,
+            Command::Handover { name } => migrate::handover(&client, &answer, name).await,
+            Command::Cancel { name } => migrate::cancel(&client, &answer, name).await,
+            Command::Migrate(arguments) => migrate::run(&client, &answer, arguments).await,
+            Command::Wait { name, what, timeout } => status::wait(&client, &answer, name, what, timeout).await,
+            Command::Status { name, watch } => status::run(&client, &answer, name, watch).await,
+            Command::Verify { name } => migrate::verify(&client, &answer, name).await,
+            Command::Rollback { name, plan, wait } => migrate::rollback(&client, &answer, name, plan, wait).await,
+            Command::Completions { shell } => {
+                clap_complete::generate(shell, &mut Arguments::command(), "lazy-migrate", &mut std::io::stdout());
+                Ok(())
+            }
+            Command::Man => clap_mangen::Man::new(Arguments::command())
+                .render(&mut std::io::stdout())
+                .map_err(|error| Failure::failed(format!("cannot print the manual page: {error}"))),
+        }
+    });
+    // Blocking file work that was given up must not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
+}
+
+/// A wrong argument that only shows when it is looked at closely.
+fn usage(message: impl std::fmt::Display) -> Failure {
+    Failure::new(Kind::Usage, message)
+}

@@ -1,1 +1,7 @@
-//! (skeleton)
+//! The control API: HTTP with JSON on a Unix socket (`curl --unix-socket` works), Prometheus text at `/metrics`.
+
+pub mod api;
+pub mod client;
+mod metrics;
+pub mod server;
+pub mod status;

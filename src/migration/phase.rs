@@ -237,6 +237,7 @@ impl DestinationPhase {
             (D::Discarded, _) => Refusal::Wrong("the source has taken the disk back"),
             (D::Preparing, DS::Activate) => Refusal::Wrong("this host is not ready yet"),
             (D::Fenced, DS::Complete) => Refusal::Wrong("the lease has not been renewed"),
+            (D::Active | D::Fenced, DS::BecomeReady) => Refusal::Wrong("this host owns the disk already"),
             _ => Refusal::Wrong("the disk was not handed over to this host yet"),
         };
         Err(Refused { phase: self.name(), step: step.name(), refusal })
@@ -262,13 +263,13 @@ impl DestinationStep {
 
 impl fmt::Display for SourcePhase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        f.pad(self.name())
     }
 }
 
 impl fmt::Display for DestinationPhase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        f.pad(self.name())
     }
 }
 

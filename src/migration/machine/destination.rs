@@ -97,7 +97,10 @@ impl DestinationMachine {
         let mut machine = Self::new(record);
         machine.effects.clear();
         match machine.record.phase {
-            DestinationPhase::Preparing | DestinationPhase::Ready => machine.discard(),
+            DestinationPhase::Preparing | DestinationPhase::Ready => {
+                machine.discard();
+                machine.effects.push_back(DestinationEffect::TearDown);
+            }
             DestinationPhase::Active | DestinationPhase::Fenced => {
                 machine.record.phase = DestinationPhase::Fenced;
                 machine.effects.extend([DestinationEffect::Hold, DestinationEffect::FreezeContainer]);
@@ -182,7 +185,9 @@ impl DestinationMachine {
                 machine.check_epoch(epoch)?;
                 machine.record.phase.step(DestinationStep::Discard)?;
                 machine.discard();
+                // Recorded, closed and frozen is enough for the source to go on; the rest takes its time.
                 machine.answer(Ok(()));
+                machine.effects.push_back(DestinationEffect::TearDown);
                 Ok(())
             }),
             DestinationEvent::BeatAnswered { beat, answer } => self.beat_answered(now, beat, answer),
@@ -236,6 +241,7 @@ impl DestinationMachine {
             BeatAnswer::GiveBack | BeatAnswer::RolledBack => {
                 if self.record.phase.step(DestinationStep::Discard).is_ok() {
                     self.discard();
+                    self.effects.push_back(DestinationEffect::TearDown);
                 }
             }
             // It knows already: the answer to the last word was lost.
@@ -277,7 +283,7 @@ impl DestinationMachine {
         self.effects.push_back(DestinationEffect::FreezeContainer);
         if self.step(DestinationStep::Discard).is_ok() {
             self.journal();
-            self.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
+            self.effects.push_back(DestinationEffect::Close);
         }
     }
 

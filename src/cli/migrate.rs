@@ -1,0 +1,189 @@
+//! `prepare`, `handover`, `cancel`, `migrate`, `verify`, `rollback`.
+
+use serde_json::{Value, json};
+
+use super::answers::{Answer, bytes, watched};
+use crate::control::api::{
+    MigrateAsk, MigrateEvent, MigrateReport, PrepareCommand, RollbackAsk, RollbackReport, VerifyReport,
+};
+use crate::control::client::ControlClient;
+use crate::control::status::DiskStatus;
+use crate::error::{Failure, Outcome};
+use crate::node::DiskName;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct MigrateArguments {
+    /// The export that holds the container's file system.
+    name: DiskName,
+    /// The destination's peer address.
+    #[arg(long, value_name = "PEER")]
+    to: String,
+    /// The runtime's name for the container.
+    #[arg(long, value_name = "ID")]
+    container: String,
+    /// The runtime that it runs in.
+    #[arg(long, default_value = "runc")]
+    runtime: String,
+    /// Keep the container's TCP connections.
+    #[arg(long)]
+    tcp_established: bool,
+}
+
+pub(super) async fn prepare(client: &ControlClient, answer: &Answer, name: DiskName, to: String) -> Outcome<()> {
+    let status: DiskStatus = client.post(&format!("/v1/disks/{name}/prepare"), &PrepareCommand { to }).await?;
+    answer.print(&status, || {
+        format!("{name}: {} is ready at epoch {}", status.peer.as_deref().unwrap_or("the peer"), status.epoch)
+    })
+}
+
+pub(super) async fn handover(client: &ControlClient, answer: &Answer, name: DiskName) -> Outcome<()> {
+    let status: DiskStatus = client.post(&format!("/v1/disks/{name}/handover"), &json!({})).await?;
+    answer.print(&status, || format!("{name}: handed over at epoch {}", status.epoch))
+}
+
+pub(super) async fn cancel(client: &ControlClient, answer: &Answer, name: DiskName) -> Outcome<()> {
+    let reply: Value = client.post(&format!("/v1/disks/{name}/cancel"), &json!({})).await?;
+    answer.print(&reply, || format!("{name}: cancelled; this host serves it"))
+}
+
+pub(super) async fn run(client: &ControlClient, answer: &Answer, arguments: MigrateArguments) -> Outcome<()> {
+    let MigrateArguments { name, to, container, runtime, tcp_established } = arguments;
+    let ask = MigrateAsk { to, container, runtime, tcp_established };
+    let mut timeline = Timeline::new(&name);
+    let path = format!("/v1/disks/{name}/migrate");
+    let report: MigrateReport = client.stream(&path, &ask, |event| timeline.show(event)).await?;
+    answer.print(&report, || {
+        format!(
+            "{name}: moved in {:.1} s; frozen for {} ms, {} pulled, {} skipped, {} demand fetches",
+            report.total_s,
+            report.frozen_ms,
+            bytes(report.pulled_bytes),
+            bytes(report.skipped_bytes),
+            report.demand_fetches
+        )
+    })
+}
+
+pub(super) async fn verify(client: &ControlClient, answer: &Answer, name: DiskName) -> Outcome<()> {
+    let report: VerifyReport = client.post(&format!("/v1/disks/{name}/verify"), &json!({})).await?;
+    answer.print(&report, || {
+        format!(
+            "{name}: {} compared with the source, {} written here since the handover, {} not here yet: {}",
+            bytes(report.compared_bytes),
+            bytes(report.dirty_bytes),
+            bytes(report.missing_bytes),
+            if report.verified { "identical" } else { "DIFFERENT" }
+        )
+    })?;
+    if report.verified {
+        return Ok(());
+    }
+    Err(Failure::failed(format!(
+        "{name} differs from the source's disk, first at offsets {:?}; do not release the source, and find out who wrote",
+        report.differing
+    )))
+}
+
+pub(super) async fn rollback(
+    client: &ControlClient,
+    answer: &Answer,
+    name: DiskName,
+    plan: bool,
+    wait: bool,
+) -> Outcome<()> {
+    let ask = RollbackAsk { plan, wait };
+    let report: RollbackReport = client.post(&format!("/v1/disks/{name}/rollback"), &ask).await?;
+    answer.print(&report, || {
+        if report.rolled_back {
+            return format!(
+                "{name}: rolled back in {} ms; this host owns it at epoch {}{}",
+                report.took_ms,
+                report.epoch,
+                report.container.as_deref().map(|id| format!(", container {id} goes on")).unwrap_or_default()
+            );
+        }
+        let when = if report.safe_now {
+            "is safe now".to_string()
+        } else {
+            format!("is safe in {:.1} s", report.safe_in_ms as f64 / 1000.0)
+        };
+        format!(
+            "{name}: {} to {} at epoch {}; {} {}; a rollback {when}; what {} wrote since the handover is lost: {}; the \
+             disk becomes read-write here{}; clients that the destination has served lose their connections",
+            report.phase,
+            report.peer,
+            report.epoch,
+            report.peer,
+            if report.peer_reachable { "answers" } else { "does not answer" },
+            report.peer,
+            bytes(report.lost_bytes),
+            report.container.as_deref().map(|id| format!(" and container {id} goes on")).unwrap_or_default(),
+        )
+    })
+}
+
+/// Shows what happens while it happens, on stderr: the answer alone goes to stdout.
+struct Timeline {
+    name: String,
+    bar: Option<indicatif::ProgressBar>,
+    last_tenth: u64,
+}
+
+impl Timeline {
+    fn new(name: &DiskName) -> Self {
+        Self { name: name.to_string(), bar: None, last_tenth: 0 }
+    }
+
+    fn show(&mut self, event: MigrateEvent) -> Option<Outcome<MigrateReport>> {
+        let name = &self.name;
+        match event {
+            MigrateEvent::Prepared { at_ms } => eprintln!("{at_ms:>7} ms  {name}: prepared"),
+            MigrateEvent::Frozen { at_ms } => eprintln!("{at_ms:>7} ms  {name}: frozen"),
+            MigrateEvent::Checkpointed { at_ms, image_bytes } => {
+                eprintln!("{at_ms:>7} ms  {name}: checkpoint is there, {}", bytes(image_bytes));
+            }
+            MigrateEvent::HandedOver { at_ms } => eprintln!("{at_ms:>7} ms  {name}: handed over"),
+            MigrateEvent::Resumed { at_ms, frozen_ms } => {
+                eprintln!("{at_ms:>7} ms  {name}: resumed, frozen for {frozen_ms} ms");
+            }
+            MigrateEvent::Progress { present_bytes, size, pull_rate } => self.progress(present_bytes, size, pull_rate),
+            MigrateEvent::Complete(report) => {
+                self.finish();
+                eprintln!("{:>7.0} ms  {}: complete", report.total_s * 1000.0, self.name);
+                return Some(Ok(report));
+            }
+            MigrateEvent::Failed(failure) => {
+                self.finish();
+                return Some(Err(failure));
+            }
+        }
+        None
+    }
+
+    fn progress(&mut self, present: u64, size: u64, rate: u64) {
+        if watched() {
+            let bar = self.bar.get_or_insert_with(|| {
+                let bar = indicatif::ProgressBar::new(size);
+                if let Ok(style) = indicatif::ProgressStyle::with_template(
+                    "{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",
+                ) {
+                    bar.set_style(style);
+                }
+                bar
+            });
+            bar.set_position(present);
+            return;
+        }
+        let tenth = (present * 10).checked_div(size).unwrap_or(10);
+        if tenth > self.last_tenth {
+            self.last_tenth = tenth;
+            eprintln!("            {}: {} of {}, {}/s", self.name, bytes(present), bytes(size), bytes(rate));
+        }
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! `status` and `wait`.
+
+use std::time::Duration;
+
+use super::answers::{Answer, bytes};
+use crate::control::api::WaitFor;
+use crate::control::client::ControlClient;
+use crate::control::status::{DiskStatus, NodeStatus};
+use crate::error::Outcome;
+use crate::node::DiskName;
+
+/// How often `--watch` looks.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+pub(super) async fn run(
+    client: &ControlClient,
+    answer: &Answer,
+    name: Option<DiskName>,
+    watch: bool,
+) -> Outcome<()> {
+    loop {
+        match &name {
+            Some(name) => {
+                let status: DiskStatus = client.get(&format!("/v1/disks/{name}")).await?;
+                answer.print(&status, || describe(&status))?;
+            }
+            None => {
+                let status: NodeStatus = client.get("/v1/status").await?;
+                answer.print(&status, || {
+                    let lines: Vec<_> = status.disks.iter().map(describe).collect();
+                    if lines.is_empty() { "no exports".into() } else { lines.join("\n") }
+                })?;
+            }
+        }
+        if !watch {
+            return Ok(());
+        }
+        tokio::time::sleep(WATCH_INTERVAL).await;
+    }
+}
+
+pub(super) async fn wait(
+    client: &ControlClient,
+    answer: &Answer,
+    name: DiskName,
+    what: WaitFor,
+    timeout: Option<Duration>,
+) -> Outcome<()> {
+    let what = serde_json::to_value(what).map_err(crate::error::Failure::failed)?;
+    let what = what.as_str().unwrap_or_default();
+    let timeout = timeout.map(|timeout| format!("&timeout_ms={}", timeout.as_millis())).unwrap_or_default();
+    let status: DiskStatus = client.get(&format!("/v1/disks/{name}/wait?for={what}{timeout}")).await?;
+    answer.print(&status, || describe(&status))
+}
+
+fn describe(status: &DiskStatus) -> String {
+    let mut text = format!("{}: {} {}", status.name, status.role, status.phase);
+    if status.epoch > 0 {
+        text += &format!(", epoch {}", status.epoch);
+    }
+    text += &format!(", {}", bytes(status.size));
+    if status.missing_bytes > 0 {
+        text += &format!(", {} missing", bytes(status.missing_bytes));
+        if status.pull_rate > 0 {
+            text += &format!(", pulling {}/s", bytes(status.pull_rate));
+        }
+        if let Some(eta) = status.eta_s {
+            text += &format!(", {eta} s left");
+        }
+    }
+    if status.dirty_bytes > 0 {
+        text += &format!(", {} dirty", bytes(status.dirty_bytes));
+    }
+    if let Some(peer) = &status.peer {
+        text += &format!(", peer {peer} {}", status.link);
+    }
+    if let Some(lease) = status.lease_remaining_ms {
+        text += &format!(", lease {:.1} s", lease as f64 / 1000.0);
+    }
+    if let Some(device) = &status.device {
+        text += &format!(", on {}", device.display());
+    }
+    if let Some(paused) = &status.paused {
+        text += &format!(", PAUSED: {paused}");
+    }
+    text
+}

@@ -1,0 +1,221 @@
+//! The node's side of the control socket.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures::StreamExt;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::api::{
+    AddAsk, AttachAsk, AttachReply, MigrateAsk, PrepareCommand, PullAsk, RollbackAsk, RollbackReport, VerifyReport,
+    WaitFor,
+};
+use super::metrics;
+use super::status::{DiskStatus, NodeStatus};
+use crate::error::{Failure, Kind, Outcome};
+use crate::node::{DiskName, Node};
+
+/// The largest question.
+const MAX_BODY_BYTES: usize = 64 << 10;
+
+type Reply<T> = Result<Json<T>, Failure>;
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = match self.kind {
+            Kind::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+            Kind::Usage => StatusCode::BAD_REQUEST,
+            Kind::Refused => StatusCode::CONFLICT,
+            Kind::Unreachable => StatusCode::BAD_GATEWAY,
+            Kind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
+        };
+        (status, Json(self)).into_response()
+    }
+}
+
+/// A control socket that is listened on; the file goes when this is dropped.
+pub struct ControlSocket {
+    listener: tokio::net::UnixListener,
+    path: PathBuf,
+}
+
+impl ControlSocket {
+    /// Binds the socket, for its owner only. A stale file is replaced when nobody listens on it.
+    pub fn bind(path: &Path) -> Outcome<Self> {
+        let failed = |what: &str, error: std::io::Error| {
+            Failure::failed(format!("cannot {what} the control socket {}: {error}", path.display()))
+        };
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory).map_err(|error| failed("make the directory of", error))?;
+        }
+        match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => {
+                return Err(Failure::refused(format!(
+                    "another node answers on {}; stop it, or give this one another --control",
+                    path.display()
+                )));
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                std::fs::remove_file(path).map_err(|error| failed("replace", error))?;
+            }
+            Err(_) => {}
+        }
+        let listener = nbd::server::bind_unix(path).map_err(|error| failed("listen on", error))?;
+        Ok(Self { listener, path: path.into() })
+    }
+
+    /// Serves until `stop`.
+    pub async fn serve(self, node: Arc<Node>, stop: CancellationToken) -> Outcome<()> {
+        let router = Router::new()
+            .route("/v1/status", get(all))
+            .route("/v1/disks", post(add))
+            .route("/v1/pulls", post(pull))
+            .route("/v1/disks/{name}", get(one).delete(remove))
+            .route("/v1/disks/{name}/attach", post(attach))
+            .route("/v1/disks/{name}/detach", post(detach))
+            .route("/v1/disks/{name}/prepare", post(prepare))
+            .route("/v1/disks/{name}/handover", post(handover))
+            .route("/v1/disks/{name}/cancel", post(cancel))
+            .route("/v1/disks/{name}/migrate", post(migrate))
+            .route("/v1/disks/{name}/rollback", post(rollback))
+            .route("/v1/disks/{name}/verify", post(verify))
+            .route("/v1/disks/{name}/wait", get(wait))
+            .route("/metrics", get(prometheus))
+            .fallback(|| async { Failure::usage("the control API has no such path; see docs/architecture.md") })
+            .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+            .with_state(node);
+        let Self { listener, path } = self;
+        let served = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+        let result = tokio::select! {
+            result = served => result,
+            // A command that waits for a migration must not keep the node from stopping.
+            () = async { stop.cancelled().await; tokio::time::sleep(Duration::from_millis(500)).await } => Ok(()),
+        };
+        let _ = std::fs::remove_file(&path);
+        result.map_err(|error| Failure::failed(format!("the control socket {} failed: {error}", path.display())))
+    }
+}
+
+/// A name in a path is checked here, so that a wrong one is told in the same words as everywhere.
+fn name(text: &str) -> Result<DiskName, Failure> {
+    text.parse().map_err(Failure::usage)
+}
+
+async fn all(State(node): State<Arc<Node>>) -> Json<NodeStatus> {
+    Json(node.status())
+}
+
+async fn one(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<DiskStatus> {
+    Ok(Json(node.disk(&name(&disk)?)?.status()))
+}
+
+async fn add(State(node): State<Arc<Node>>, Json(ask): Json<AddAsk>) -> Reply<DiskStatus> {
+    Ok(Json(node.add(ask.name, ask.image).await?.status()))
+}
+
+async fn pull(State(node): State<Arc<Node>>, Json(ask): Json<PullAsk>) -> Reply<DiskStatus> {
+    Ok(Json(node.pull(ask).await?.status()))
+}
+
+async fn remove(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<Value> {
+    let disk = name(&disk)?;
+    node.remove(&disk).await?;
+    Ok(Json(json!({ "name": disk, "removed": true })))
+}
+
+async fn attach(
+    State(node): State<Arc<Node>>,
+    UrlPath(disk): UrlPath<String>,
+    Json(ask): Json<AttachAsk>,
+) -> Reply<AttachReply> {
+    let device = node.attach(&name(&disk)?, ask.via, ask.device).await?;
+    Ok(Json(AttachReply { device }))
+}
+
+async fn detach(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<Value> {
+    let disk = name(&disk)?;
+    node.detach(&disk).await?;
+    Ok(Json(json!({ "name": disk, "attached": false })))
+}
+
+async fn prepare(
+    State(node): State<Arc<Node>>,
+    UrlPath(disk): UrlPath<String>,
+    Json(ask): Json<PrepareCommand>,
+) -> Reply<DiskStatus> {
+    let disk = name(&disk)?;
+    node.prepare(&disk, &ask.to, None).await?;
+    Ok(Json(node.disk(&disk)?.status()))
+}
+
+async fn handover(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<DiskStatus> {
+    let disk = name(&disk)?;
+    node.handover(&disk).await?;
+    Ok(Json(node.disk(&disk)?.status()))
+}
+
+async fn cancel(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<DiskStatus> {
+    let disk = name(&disk)?;
+    node.cancel(&disk).await?;
+    Ok(Json(node.disk(&disk)?.status()))
+}
+
+async fn migrate(
+    State(node): State<Arc<Node>>,
+    UrlPath(disk): UrlPath<String>,
+    Json(ask): Json<MigrateAsk>,
+) -> Result<Response, Failure> {
+    let events = node.migrate(&name(&disk)?, ask)?;
+    let lines = tokio_stream_of(events).map(|event| {
+        let mut line = serde_json::to_vec(&event)?;
+        line.push(b'\n');
+        Ok::<_, serde_json::Error>(line)
+    });
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+fn tokio_stream_of<T>(mut receiver: tokio::sync::mpsc::Receiver<T>) -> impl futures::Stream<Item = T> {
+    futures::stream::poll_fn(move |context| receiver.poll_recv(context))
+}
+
+async fn rollback(
+    State(node): State<Arc<Node>>,
+    UrlPath(disk): UrlPath<String>,
+    Json(ask): Json<RollbackAsk>,
+) -> Reply<RollbackReport> {
+    let disk = name(&disk)?;
+    Ok(Json(if ask.plan { node.rollback_plan(&disk).await? } else { node.rollback(&disk, ask.wait).await? }))
+}
+
+async fn verify(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<VerifyReport> {
+    Ok(Json(node.verify(&name(&disk)?).await?))
+}
+
+#[derive(Deserialize)]
+struct WaitQuery {
+    #[serde(rename = "for")]
+    what: WaitFor,
+    timeout_ms: Option<u64>,
+}
+
+async fn wait(
+    State(node): State<Arc<Node>>,
+    UrlPath(disk): UrlPath<String>,
+    Query(query): Query<WaitQuery>,
+) -> Reply<DiskStatus> {
+    let timeout = query.timeout_ms.map(Duration::from_millis);
+    Ok(Json(node.wait(&name(&disk)?, query.what, timeout).await?))
+}
+
+async fn prometheus(State(node): State<Arc<Node>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], metrics::page(&node.status()))
+}

@@ -1,0 +1,346 @@
+//! The container's side of a migration, on either host: what is frozen, thawed, restored, removed.
+//!
+//! Everything here may be repeated: a step that is done already is done. The destination runs only what its own
+//! operator configured: runtimes, and the directories of bundles and mounts; nothing of that comes over the link.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use crate::container::bundle::Bundle;
+use crate::container::cgroup::Cgroup;
+use crate::container::netdrop::NetDrop;
+use crate::container::{ContainerId, RestoreSpec, Runtime, quiesce};
+use crate::device::{DeviceSlot, Via, mount};
+use crate::error::{Failure, Outcome, chain};
+use crate::migration::record::{DestinationContainer, SourceContainer};
+use crate::units::Epoch;
+
+/// How long a restore may take before it is undone and the source goes on.
+const RESTORE_LIMIT: Duration = Duration::from_secs(120);
+
+/// The runtimes that this host's operator allows, by name.
+#[derive(Clone, Debug, Default)]
+pub struct Runtimes(BTreeMap<String, Arc<dyn Runtime>>);
+
+impl Runtimes {
+    /// By name.
+    pub fn new(runtimes: BTreeMap<String, Arc<dyn Runtime>>) -> Self {
+        Self(runtimes)
+    }
+
+    /// The runtime of that name.
+    pub fn find(&self, name: &str) -> Outcome<Arc<dyn Runtime>> {
+        self.0.get(name).cloned().ok_or_else(|| {
+            Failure::refused(format!(
+                "no runtime '{name}' is configured on this host; start its node with --runtime {name}"
+            ))
+        })
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> Failure {
+    Failure::failed(chain(error))
+}
+
+fn id(text: &str) -> Outcome<ContainerId> {
+    ContainerId::new(text).map_err(Failure::usage)
+}
+
+/// The source's container: frozen until release or rollback.
+pub struct SourceHold {
+    owner: String,
+    runtimes: Runtimes,
+    device: Arc<DeviceSlot>,
+    container: Mutex<Option<SourceContainer>>,
+    images: PathBuf,
+}
+
+impl SourceHold {
+    /// Of a disk; `container` is what the journal knows after a restart; `images` is the checkpoint's directory.
+    pub fn new(
+        disk: &str,
+        runtimes: Runtimes,
+        device: Arc<DeviceSlot>,
+        container: Option<SourceContainer>,
+        images: PathBuf,
+    ) -> Self {
+        Self { owner: format!("{disk}-source"), runtimes, device, container: Mutex::new(container), images }
+    }
+
+    /// Where the checkpoint's images are; kept until release.
+    pub fn images(&self) -> &Path {
+        &self.images
+    }
+
+    /// Looks at a container that is to move: it must run, with the disk's device mounted under it.
+    pub async fn inspect(
+        &self,
+        container: &str,
+        runtime: &str,
+        tcp_established: bool,
+    ) -> Outcome<(Arc<dyn Runtime>, ContainerId, SourceContainer)> {
+        let (name, id, runtime) = (runtime, id(container)?, self.runtimes.find(runtime)?);
+        let found = runtime.inspect(&id).await.map_err(|error| failed(&error))?;
+        if found.pid.is_none() {
+            return Err(Failure::refused(format!("container {id} is {}; only a running one can move", found.status)));
+        }
+        let Some(device) = self.device.device() else {
+            return Err(Failure::refused(format!(
+                "the disk of container {id} is not attached by this node; use `lazy-migrate attach`, and run it from there"
+            )));
+        };
+        let mounts = mount::mounts_of(&device).map_err(|error| failed(&error))?;
+        let Some(mount) = mounts.iter().find(|mount| found.rootfs.starts_with(mount)) else {
+            return Err(Failure::refused(format!(
+                "the root {} of container {id} does not lie on {}, which is this disk; name the disk that holds it",
+                found.rootfs.display(),
+                device.display()
+            )));
+        };
+        let record = SourceContainer {
+            id: container.into(),
+            runtime: name.into(),
+            mount: mount.clone(),
+            netns: found.netns.clone(),
+            tcp_established,
+        };
+        Ok((runtime, id, record))
+    }
+
+    /// From now on a thaw or a release is about this container.
+    pub fn hold(&self, container: SourceContainer) {
+        *self.lock() = Some(container);
+    }
+
+    /// Packets dropped, then all tasks stopped.
+    pub async fn freeze(&self, runtime: &dyn Runtime, id: &ContainerId) -> Outcome<()> {
+        if let Some(drop) = self.held().and_then(|container| self.net_drop(&container)) {
+            drop.install().await.map_err(|error| failed(&error))?;
+        }
+        runtime.freeze(id).await.map_err(|error| failed(&error))
+    }
+
+    /// Everything goes on as if nothing had been: the file system, the tasks, the network, in this order.
+    pub async fn thaw(&self) -> Outcome<()> {
+        let Some(container) = self.held() else { return Ok(()) };
+        let runtime = self.runtimes.find(&container.runtime)?;
+        let id = id(&container.id)?;
+        let thawed = quiesce::thaw(&container.mount).await.map_err(|error| failed(&error));
+        let resumed = runtime.thaw(&id).await.map_err(|error| failed(&error));
+        let opened = match self.net_drop(&container) {
+            Some(drop) => drop.remove().await.map_err(|error| failed(&error)),
+            None => Ok(()),
+        };
+        // Each was tried, whatever became of the others.
+        thawed.and(resumed).and(opened)?;
+        *self.lock() = None;
+        remove_tree(&self.images).await
+    }
+
+    /// The container, its mount, its device and its images go; the disk itself stays.
+    pub async fn release(&self) -> Outcome<()> {
+        if let Some(container) = self.held() {
+            let runtime = self.runtimes.find(&container.runtime)?;
+            runtime.kill_and_delete(&id(&container.id)?).await.map_err(|error| failed(&error))?;
+            if let Some(drop) = self.net_drop(&container) {
+                drop.remove().await.map_err(|error| failed(&error))?;
+            }
+            quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
+            if let Some(device) = self.device.device() {
+                mount::unmount_all(&device).await.map_err(|error| failed(&error))?;
+            }
+            self.device.detach().await?;
+            *self.lock() = None;
+        }
+        remove_tree(&self.images).await
+    }
+
+    fn net_drop(&self, container: &SourceContainer) -> Option<NetDrop> {
+        container.netns.as_ref().map(|netns| NetDrop::new(netns, &self.owner))
+    }
+
+    fn held(&self) -> Option<SourceContainer> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<SourceContainer>> {
+        self.container.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// The destination's container: restored from images, then guarded by the lease.
+pub struct DestinationHold {
+    disk: String,
+    epoch: Epoch,
+    runtimes: Runtimes,
+    device: Arc<DeviceSlot>,
+    container: Option<DestinationContainer>,
+    places: Places,
+}
+
+/// The directories of one disk on a destination.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// Where this disk's files are.
+    pub state: PathBuf,
+    /// Where the operator keeps bundles, one directory a container.
+    pub bundles: Option<PathBuf>,
+    /// Where disks are mounted, one directory a disk.
+    pub mounts: Option<PathBuf>,
+}
+
+impl Places {
+    /// The received checkpoint.
+    pub fn images(&self) -> PathBuf {
+        self.state.join("images")
+    }
+}
+
+impl DestinationHold {
+    /// Of a disk that comes to this host.
+    pub fn new(
+        disk: &str,
+        epoch: Epoch,
+        runtimes: Runtimes,
+        device: Arc<DeviceSlot>,
+        container: Option<DestinationContainer>,
+        places: Places,
+    ) -> Self {
+        Self { disk: disk.into(), epoch, runtimes, device, container, places }
+    }
+
+    /// Whether everything for the container is there; its network is closed until it runs.
+    pub async fn prepare(&self) -> Outcome<()> {
+        let Some(container) = &self.container else { return Ok(()) };
+        let runtime = self.runtimes.find(&container.runtime)?;
+        let id = id(&container.id)?;
+        let bundle = self.bundle(container)?;
+        let mount = self.mount_point()?;
+        bundle.check_rootfs_below(&mount).map_err(|error| failed(&error))?;
+        tokio::fs::create_dir_all(&mount)
+            .await
+            .map_err(|error| Failure::failed(format!("cannot make the mount point {}: {error}", mount.display())))?;
+        if let Ok(found) = runtime.inspect(&id).await {
+            return Err(Failure::refused(format!(
+                "a container {id} exists on this host already ({}); remove it first",
+                found.status
+            )));
+        }
+        remove_tree(&self.places.images()).await?;
+        runtime.probe(self.places.state.join("probe")).await.map_err(|error| failed(&error))?;
+        if let Some(drop) = self.net_drop()? {
+            drop.install().await.map_err(|error| failed(&error))?;
+        }
+        Ok(())
+    }
+
+    /// The disk attached and mounted, the container restored, its network open. A failure leaves the container gone.
+    pub async fn resume(&self) -> Outcome<()> {
+        let Some(container) = &self.container else { return Ok(()) };
+        let runtime = self.runtimes.find(&container.runtime)?;
+        let id = id(&container.id)?;
+        let bundle = self.bundle(container)?;
+        let mount_point = self.mount_point()?;
+        let device = self.device.attach(Via::Auto, None).await?;
+        mount::mount(&device, &mount_point).await.map_err(|error| failed(&error))?;
+        bundle.check_rootfs_present(&mount_point).map_err(|error| failed(&error))?;
+        let spec = RestoreSpec {
+            bundle,
+            image_dir: self.places.images(),
+            work_dir: self.places.state.join("restore"),
+            state_dir: self.places.state.join("bundle"),
+            cgroup: self.cgroup(&id)?,
+            tcp_established: container.tcp_established,
+            limit: RESTORE_LIMIT,
+        };
+        runtime.restore(&id, spec).await.map_err(|error| failed(&error))?;
+        if let Some(drop) = self.net_drop()? {
+            drop.remove().await.map_err(|error| failed(&error))?;
+        }
+        remove_tree(&self.places.images()).await
+    }
+
+    /// Whether the container runs on this host.
+    pub async fn is_running(&self) -> bool {
+        let Some(container) = &self.container else { return false };
+        let (Ok(runtime), Ok(id)) = (self.runtimes.find(&container.runtime), id(&container.id)) else { return false };
+        runtime.inspect(&id).await.is_ok_and(|found| found.pid.is_some())
+    }
+
+    /// Stops the tasks by the cgroup alone: tasks that wait for the stalled disk stop when it answers.
+    pub async fn freeze(&self) {
+        self.set_frozen(true).await;
+    }
+
+    /// Lets the tasks go on.
+    pub async fn thaw(&self) {
+        self.set_frozen(false).await;
+    }
+
+    /// Container, mount, device and network rule go; what was written stays in the store.
+    pub async fn tear_down(&self) -> Outcome<()> {
+        let mut outcome = Ok(());
+        if let Some(container) = &self.container {
+            let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
+            outcome = runtime.kill_and_delete(&id).await.map_err(|error| failed(&error));
+            if let Some(drop) = self.net_drop()? {
+                outcome = outcome.and(drop.remove().await.map_err(|error| failed(&error)));
+            }
+        }
+        if let Some(device) = self.device.device() {
+            outcome = outcome.and(mount::unmount_all(&device).await.map_err(|error| failed(&error)));
+            outcome = outcome.and(self.device.detach().await);
+        }
+        outcome.and(remove_tree(&self.places.images()).await)
+    }
+
+    async fn set_frozen(&self, frozen: bool) {
+        let Some(container) = &self.container else { return };
+        let (Ok(runtime), Ok(id)) = (self.runtimes.find(&container.runtime), id(&container.id)) else { return };
+        // Nothing to freeze while nothing was restored.
+        let Ok(found) = runtime.inspect(&id).await else { return };
+        let Some(cgroup) = found.cgroup else { return };
+        if let Err(error) = cgroup.set_frozen(frozen) {
+            tracing::error!(disk = self.disk, frozen, error = chain(&error), "cannot freeze or thaw the container");
+        }
+    }
+
+    fn cgroup(&self, id: &ContainerId) -> Outcome<Cgroup> {
+        Cgroup::at(&format!("/lazy-migrate-{}-{}", id.as_str(), self.epoch)).map_err(|error| failed(&error))
+    }
+
+    fn bundle(&self, container: &DestinationContainer) -> Outcome<Bundle> {
+        let Some(bundles) = &self.places.bundles else {
+            return Err(Failure::refused(
+                "this host takes no containers; start its node with --bundle-dir and --mount-dir",
+            ));
+        };
+        Bundle::read(&bundles.join(&container.id)).map_err(|error| failed(&error))
+    }
+
+    fn mount_point(&self) -> Outcome<PathBuf> {
+        match &self.places.mounts {
+            Some(mounts) => Ok(mounts.join(&self.disk)),
+            None => Err(Failure::refused("this host mounts no disks; start its node with --mount-dir")),
+        }
+    }
+
+    fn net_drop(&self) -> Outcome<Option<NetDrop>> {
+        let Some(container) = &self.container else { return Ok(None) };
+        let netns = self.bundle(container)?.netns();
+        Ok(netns.map(|netns| NetDrop::new(netns, &format!("{}-destination", self.disk))))
+    }
+}
+
+/// Removes a directory of ours; one that is not there is removed.
+async fn remove_tree(path: &Path) -> Outcome<()> {
+    match tokio::fs::remove_dir_all(path).await {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Failure::failed(format!("cannot remove {}: {error}", path.display())))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,378 @@
+//! The destination's driver: runs a [`DestinationMachine`] on the journal, the export, the container and the source.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::container::DestinationHold;
+use super::{COMMANDS, SharedJournal, append, denied, driver_gone};
+use crate::clock;
+use crate::error::{Failure, Outcome};
+use crate::export::{GateMode, LazyExport};
+use crate::migration::lease::Beat;
+use crate::migration::machine::{BeatAnswer, Denied, DestinationEffect, DestinationEvent, DestinationMachine};
+use crate::migration::phase::DestinationPhase;
+use crate::migration::record::{DestinationRecord, Record};
+use crate::peer::client::PeerClient;
+use crate::peer::{Progress, Reply, Request, Subject};
+use crate::units::{BootTime, Epoch};
+
+/// How long the source may take to record its release.
+const COMPLETE_TIME: Duration = Duration::from_secs(10);
+
+/// What the driver acts on.
+pub struct DestinationWorld {
+    /// The disk's name.
+    pub disk: String,
+    /// Its export.
+    pub export: LazyExport,
+    /// Its journal.
+    pub journal: SharedJournal,
+    /// The source.
+    pub peer: Arc<PeerClient>,
+    /// The container's side.
+    pub hold: Arc<DestinationHold>,
+}
+
+/// The migration as others see it.
+#[derive(Clone, Debug)]
+pub struct DestinationView {
+    /// As it would be journaled.
+    pub record: DestinationRecord,
+    /// When the source last answered.
+    pub heard_at: Option<BootTime>,
+    /// When the lease ends.
+    pub lease_ends: Option<BootTime>,
+    /// Whether the container, if there is one, runs here.
+    pub resumed: bool,
+    /// The last thing that went wrong.
+    pub last_error: Option<String>,
+}
+
+enum Command {
+    Do(DestinationEvent, oneshot::Sender<Result<(), Denied>>),
+    Resume(Epoch, oneshot::Sender<Outcome<()>>),
+}
+
+/// Commands go in here, a view comes out.
+#[derive(Clone)]
+pub struct DestinationHandle {
+    commands: mpsc::Sender<Command>,
+    view: watch::Receiver<DestinationView>,
+    peer: Arc<PeerClient>,
+}
+
+impl DestinationHandle {
+    /// Starts the driver.
+    pub fn spawn(world: DestinationWorld, machine: DestinationMachine, stop: CancellationToken) -> Self {
+        let (commands, inbox) = mpsc::channel(COMMANDS);
+        let (publish, view) = watch::channel(DestinationView {
+            record: machine.record().clone(),
+            heard_at: None,
+            lease_ends: None,
+            resumed: false,
+            last_error: None,
+        });
+        let peer = world.peer.clone();
+        tokio::spawn(Driver::new(world, machine, publish).run(inbox, stop));
+        Self { commands, view, peer }
+    }
+
+    /// Does a command and waits for its end.
+    pub async fn command(&self, event: DestinationEvent) -> Outcome<()> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Do(event, reply)).await.map_err(|_| driver_gone())?;
+        answer.await.map_err(|_| driver_gone())?.map_err(denied)
+    }
+
+    /// Attaches, mounts and restores; done already is done.
+    pub async fn resume(&self, epoch: Epoch) -> Outcome<()> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Resume(epoch, reply)).await.map_err(|_| driver_gone())?;
+        answer.await.map_err(|_| driver_gone())?
+    }
+
+    /// The migration as it is now.
+    pub fn view(&self) -> DestinationView {
+        self.view.borrow().clone()
+    }
+
+    /// For waiting.
+    pub fn watch(&self) -> watch::Receiver<DestinationView> {
+        self.view.clone()
+    }
+
+    /// The source.
+    pub fn peer(&self) -> &Arc<PeerClient> {
+        &self.peer
+    }
+}
+
+type BeatResult = (Beat, Result<BeatAnswer, String>);
+
+struct Driver {
+    world: Arc<DestinationWorld>,
+    machine: DestinationMachine,
+    publish: watch::Sender<DestinationView>,
+    running: Option<BoxFuture<'static, DestinationEvent>>,
+    beating: Option<BoxFuture<'static, BeatResult>>,
+    resuming: Option<BoxFuture<'static, Outcome<()>>>,
+    waiting: Option<oneshot::Sender<Result<(), Denied>>>,
+    resume_waiting: Vec<oneshot::Sender<Outcome<()>>>,
+    next_beat: BootTime,
+    resumed: bool,
+    heard_at: Option<BootTime>,
+    last_error: Option<String>,
+}
+
+impl Driver {
+    fn new(world: DestinationWorld, machine: DestinationMachine, publish: watch::Sender<DestinationView>) -> Self {
+        Self {
+            world: Arc::new(world),
+            machine,
+            publish,
+            running: None,
+            beating: None,
+            resuming: None,
+            waiting: None,
+            resume_waiting: Vec::new(),
+            next_beat: BootTime::default(),
+            resumed: false,
+            heard_at: None,
+            last_error: None,
+        }
+    }
+
+    async fn run(mut self, mut inbox: mpsc::Receiver<Command>, stop: CancellationToken) {
+        let mut all_durable = self.world.export.all_durable();
+        let mut told_durable = false;
+        loop {
+            self.start_effects();
+            self.start_beat();
+            self.world.export.gate().set_deadline(self.machine.io_deadline());
+            self.publish();
+            let wake = self.wake_at();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                event = pending(&mut self.running) => {
+                    self.running = None;
+                    self.machine.handle(clock::now(), event);
+                }
+                (beat, answer) = pending(&mut self.beating) => {
+                    self.beating = None;
+                    match answer {
+                        Ok(answer) => {
+                            self.heard_at = Some(clock::now());
+                            self.machine.handle(clock::now(), DestinationEvent::BeatAnswered { beat, answer });
+                        }
+                        Err(why) => {
+                            self.last_error = Some(why);
+                            self.machine.handle(clock::now(), DestinationEvent::Tick);
+                        }
+                    }
+                }
+                outcome = pending(&mut self.resuming) => {
+                    self.resuming = None;
+                    self.resumed = outcome.is_ok();
+                    if let Err(failure) = &outcome {
+                        self.last_error = Some(failure.message.clone());
+                    }
+                    for reply in self.resume_waiting.drain(..) {
+                        let _ = reply.send(outcome.clone());
+                    }
+                }
+                () = all_durable.wait(), if !told_durable => {
+                    told_durable = true;
+                    self.machine.handle(clock::now(), DestinationEvent::AllDurable);
+                }
+                () = clock::sleep_until(wake) => self.machine.handle(clock::now(), DestinationEvent::Tick),
+                command = inbox.recv() => match command {
+                    None => return,
+                    Some(command) => self.command(command),
+                },
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Do(_, reply) if self.machine.is_busy() => {
+                let _ = reply.send(Err(Denied::Busy));
+            }
+            Command::Do(event, reply) => {
+                self.waiting = Some(reply);
+                self.machine.handle(clock::now(), event);
+            }
+            Command::Resume(epoch, reply) => {
+                let record = self.machine.record();
+                if epoch != record.epoch || record.phase != DestinationPhase::Active {
+                    let _ = reply.send(Err(Failure::refused(format!(
+                        "{} is {} at epoch {} on this host, so its container cannot be resumed at epoch {epoch}",
+                        self.world.disk, record.phase, record.epoch
+                    ))));
+                } else if self.resumed {
+                    let _ = reply.send(Ok(()));
+                } else {
+                    self.resume_waiting.push(reply);
+                    if self.resuming.is_none() {
+                        let hold = self.world.hold.clone();
+                        self.resuming = Some(Box::pin(async move { hold.resume().await }));
+                    }
+                }
+            }
+        }
+    }
+
+    fn start_effects(&mut self) {
+        while self.running.is_none() {
+            let Some(effect) = self.machine.poll_effect() else { return };
+            if let DestinationEffect::Answer(result) = effect {
+                self.publish();
+                if let Some(reply) = self.waiting.take() {
+                    let _ = reply.send(result);
+                }
+                continue;
+            }
+            if effect == DestinationEffect::TearDown {
+                // Closed I/O makes what is being restored fail; it is torn down by the same hold afterwards.
+                let resuming = self.resuming.take();
+                let waiting = std::mem::take(&mut self.resume_waiting);
+                self.resumed = false;
+                let hold = self.world.hold.clone();
+                self.running = Some(Box::pin(async move {
+                    if let Some(resuming) = resuming {
+                        let outcome = resuming.await;
+                        for reply in waiting {
+                            let _ = reply.send(outcome.clone());
+                        }
+                    }
+                    if let Err(failure) = hold.tear_down().await {
+                        tracing::error!(%failure, "what is left of the discarded migration could not be removed");
+                    }
+                    DestinationEvent::Done
+                }));
+                return;
+            }
+            self.running = Some(perform(self.world.clone(), effect, self.progress(), self.subject()));
+        }
+    }
+
+    fn start_beat(&mut self) {
+        let now = clock::now();
+        if self.beating.is_some() || !self.machine.beats() || now < self.next_beat {
+            return;
+        }
+        let beat = self.machine.send_beat(now);
+        let interval = self.machine.lease().beat_interval();
+        self.next_beat = now.after(interval);
+        let request = Request::Beat {
+            subject: self.subject(),
+            beat,
+            phase: self.machine.record().phase,
+            progress: self.progress(),
+        };
+        let peer = self.world.peer.clone();
+        self.beating = Some(Box::pin(async move {
+            let answer = match peer.call(&request, interval * 2).await {
+                Ok(Reply::Beat { answer }) => Ok(answer),
+                Ok(_) => Err("the source answered a beat with something else".into()),
+                Err(error) => Err(error.into_failure().message),
+            };
+            (beat, answer)
+        }));
+    }
+
+    fn wake_at(&self) -> BootTime {
+        let mut wake = clock::now().after(Duration::from_secs(60));
+        if self.machine.beats() && self.beating.is_none() {
+            wake = wake.min(self.next_beat);
+        }
+        self.machine.next_timeout().map_or(wake, |at| wake.min(at))
+    }
+
+    fn subject(&self) -> Subject {
+        let record = self.machine.record();
+        Subject { disk: self.world.disk.clone(), migration: record.migration.clone(), epoch: record.epoch }
+    }
+
+    fn progress(&self) -> Progress {
+        let status = self.world.export.status();
+        Progress {
+            present_bytes: status.present_bytes,
+            dirty_bytes: status.dirty_bytes,
+            pulled_bytes: status.pulled_bytes,
+            skipped_bytes: status.skipped_bytes,
+            demand_fetches: status.faults.count,
+            pull_rate: status.pull_rate,
+        }
+    }
+
+    fn publish(&self) {
+        self.publish.send_modify(|view| {
+            *view = DestinationView {
+                record: self.machine.record().clone(),
+                heard_at: self.heard_at,
+                lease_ends: self.machine.lease().ends_at().filter(|_| self.machine.beats()),
+                resumed: self.resumed,
+                last_error: self.last_error.clone(),
+            }
+        });
+    }
+}
+
+async fn pending<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
+    match slot {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+fn perform(
+    world: Arc<DestinationWorld>,
+    effect: DestinationEffect,
+    progress: Progress,
+    subject: Subject,
+) -> BoxFuture<'static, DestinationEvent> {
+    Box::pin(async move {
+        tracing::info!(disk = world.disk, epoch = subject.epoch.0, effect = name(&effect), "destination");
+        match effect {
+            DestinationEffect::Journal(record) => {
+                return DestinationEvent::Journaled(append(&world.journal, Record::Destination(record)).await);
+            }
+            DestinationEffect::Open => world.export.gate().set(GateMode::Open).await,
+            DestinationEffect::Hold => world.export.gate().hold(),
+            DestinationEffect::Close => world.export.gate().close(),
+            DestinationEffect::StartPull => world.export.set_background(true),
+            DestinationEffect::FreezeContainer => world.hold.freeze().await,
+            DestinationEffect::ThawContainer => world.hold.thaw().await,
+            DestinationEffect::TellComplete => {
+                let told = world.peer.call(&Request::Complete { subject, progress }, COMPLETE_TIME).await;
+                return DestinationEvent::SourceKnows(match told {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(error.into_failure()),
+                });
+            }
+            DestinationEffect::TearDown | DestinationEffect::Answer(_) => {}
+        }
+        DestinationEvent::Done
+    })
+}
+
+fn name(effect: &DestinationEffect) -> &'static str {
+    match effect {
+        DestinationEffect::Journal(_) => "journal",
+        DestinationEffect::Open => "open",
+        DestinationEffect::Hold => "hold",
+        DestinationEffect::Close => "close",
+        DestinationEffect::StartPull => "start the pull",
+        DestinationEffect::FreezeContainer => "freeze",
+        DestinationEffect::ThawContainer => "thaw",
+        DestinationEffect::TearDown => "tear down",
+        DestinationEffect::TellComplete => "tell that it is complete",
+        DestinationEffect::Answer(_) => "answer",
+    }
+}

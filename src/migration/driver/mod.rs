@@ -1,0 +1,58 @@
+//! The only part of a migration that waits.
+//!
+//! One task owns a machine. It does the machine's effects one after the other, and meanwhile hears commands, beats and
+//! time; what comes of them is the machine's decision. Everybody else holds a handle: commands go in, a view comes out.
+
+mod container;
+mod destination;
+mod migrate;
+mod source;
+
+pub use container::{Runtimes, SourceHold};
+pub use destination::{DestinationHandle, DestinationView, DestinationWorld};
+pub use migrate::{MigrateWorld, migrate};
+pub use source::{SourceHandle, SourceView, SourceWorld};
+
+use std::sync::{Arc, Mutex};
+
+use super::journal::Journal;
+use super::machine::Denied;
+use super::record::Record;
+use crate::error::{Failure, chain};
+
+/// A disk's journal, shared by the migrations that follow one another.
+pub type SharedJournal = Arc<Mutex<Journal>>;
+
+/// How many commands may wait for a driver.
+const COMMANDS: usize = 64;
+
+/// Appends a record off the runtime's threads: it syncs.
+async fn append(journal: &SharedJournal, record: Record) -> Result<(), Failure> {
+    let journal = journal.clone();
+    let appended = tokio::task::spawn_blocking(move || {
+        let mut journal = journal.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        journal.append(&record).map_err(|error| Failure::failed(chain(&error)))
+    });
+    match appended.await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::failed(format!("the journal's task ended: {error}"))),
+    }
+}
+
+/// How a refusal is told to a user.
+pub(crate) fn denied(denied: Denied) -> Failure {
+    match denied {
+        Denied::NotSafeYet { unsafe_for } => {
+            let mut failure = Failure::refused(&denied);
+            failure.retry_after_ms = Some(unsafe_for.as_millis().try_into().unwrap_or(u64::MAX));
+            failure
+        }
+        Denied::Failed(failure) => failure,
+        refused => Failure::refused(refused),
+    }
+}
+
+/// What a command ends with when its driver has gone: the node is shutting down.
+fn driver_gone() -> Failure {
+    Failure::unreachable("the node is shutting down; start it again, it goes on where it was")
+}

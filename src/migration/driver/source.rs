@@ -1,0 +1,323 @@
+//! The source's driver: runs a [`SourceMachine`] on the journal, the export, the container and the peer.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::container::SourceHold;
+use super::{COMMANDS, SharedJournal, append, denied, driver_gone};
+use crate::clock;
+use crate::error::{Failure, Outcome};
+use crate::export::{GateMode, LazyExport};
+use crate::migration::lease::Beat;
+use crate::migration::machine::{BeatAnswer, Denied, PeerWord, SourceEffect, SourceEvent, SourceMachine};
+use crate::migration::phase::{DestinationPhase, SourcePhase};
+use crate::migration::record::{MigrationId, Record, SourceRecord};
+use crate::peer::client::{CallError, PeerClient};
+use crate::peer::{PrepareAsk, Progress, Request, Subject};
+use crate::units::{BootTime, Epoch};
+
+/// How long the destination may take to make the export and connect back.
+const PREPARE_TIME: Duration = Duration::from_secs(60);
+/// How long one telling of the handover waits for its answer.
+const TELL_TIME: Duration = Duration::from_secs(3);
+/// How long a cancel tries to reach the destination; it finds out by its next beat otherwise.
+const CANCEL_TIME: Duration = Duration::from_secs(2);
+/// A link is called up when a beat came within this many beat intervals.
+const BEATS_UNTIL_DOWN: u32 = 3;
+
+/// What the driver acts on.
+pub struct SourceWorld {
+    /// The disk's name.
+    pub disk: String,
+    /// Its export.
+    pub export: LazyExport,
+    /// Its journal.
+    pub journal: SharedJournal,
+    /// The destination.
+    pub peer: Arc<PeerClient>,
+    /// What the destination is asked; `None` after a restart, when nothing is asked any more.
+    pub ask: Option<PrepareAsk>,
+    /// The container's side.
+    pub hold: Arc<SourceHold>,
+}
+
+/// The migration as others see it.
+#[derive(Clone, Debug)]
+pub struct SourceView {
+    /// As it would be journaled.
+    pub record: SourceRecord,
+    /// Whether the destination is prepared.
+    pub ready: bool,
+    /// Whether the destination has confirmed the handover.
+    pub told: bool,
+    /// What the destination has last said of itself.
+    pub progress: Progress,
+    /// When the destination was last heard.
+    pub heard_at: Option<BootTime>,
+    /// From when on a rollback needs nobody's word.
+    pub safe_at: Option<BootTime>,
+    /// When the granted lease ends.
+    pub lease_ends: Option<BootTime>,
+    /// The last effect that went wrong.
+    pub last_error: Option<String>,
+}
+
+impl SourceView {
+    /// Whether the destination was heard lately.
+    pub fn link_up(&self, now: BootTime) -> bool {
+        self.heard_at.is_some_and(|at| now.since(at) < self.record.timings.beat * BEATS_UNTIL_DOWN)
+    }
+
+    /// What the migration is called between hosts.
+    pub fn subject(&self, disk: &str) -> Subject {
+        Subject { disk: disk.into(), migration: self.record.migration.clone(), epoch: self.record.epoch }
+    }
+}
+
+enum Command {
+    Do(SourceEvent, oneshot::Sender<Result<(), Denied>>),
+    Beat { epoch: Epoch, beat: Beat, phase: DestinationPhase, progress: Progress, reply: oneshot::Sender<BeatAnswer> },
+    Progress(Progress),
+}
+
+/// Commands go in here, a view comes out.
+#[derive(Clone)]
+pub struct SourceHandle {
+    commands: mpsc::Sender<Command>,
+    view: watch::Receiver<SourceView>,
+    peer: Arc<PeerClient>,
+}
+
+impl SourceHandle {
+    /// Starts the driver.
+    pub fn spawn(world: SourceWorld, machine: SourceMachine, stop: CancellationToken) -> Self {
+        let (commands, inbox) = mpsc::channel(COMMANDS);
+        let (publish, view) = watch::channel(SourceView {
+            record: machine.record().clone(),
+            ready: false,
+            told: false,
+            progress: Progress::default(),
+            heard_at: None,
+            safe_at: None,
+            lease_ends: None,
+            last_error: None,
+        });
+        let peer = world.peer.clone();
+        tokio::spawn(drive(world, machine, inbox, publish, stop));
+        Self { commands, view, peer }
+    }
+
+    /// Does a command and waits for its end.
+    pub async fn command(&self, event: SourceEvent) -> Outcome<()> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Do(event, reply)).await.map_err(|_| driver_gone())?;
+        answer.await.map_err(|_| driver_gone())?.map_err(denied)
+    }
+
+    /// A beat from the destination.
+    pub async fn beat(
+        &self,
+        epoch: Epoch,
+        beat: Beat,
+        phase: DestinationPhase,
+        progress: Progress,
+    ) -> Outcome<BeatAnswer> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Beat { epoch, beat, phase, progress, reply };
+        self.commands.send(command).await.map_err(|_| driver_gone())?;
+        answer.await.map_err(|_| driver_gone())
+    }
+
+    /// The destination says that it holds everything.
+    pub async fn complete(&self, epoch: Epoch, progress: Progress) -> Outcome<()> {
+        self.commands.send(Command::Progress(progress)).await.map_err(|_| driver_gone())?;
+        self.command(SourceEvent::PeerComplete(epoch)).await
+    }
+
+    /// The migration as it is now.
+    pub fn view(&self) -> SourceView {
+        self.view.borrow().clone()
+    }
+
+    /// For waiting.
+    pub fn watch(&self) -> watch::Receiver<SourceView> {
+        self.view.clone()
+    }
+
+    /// The destination.
+    pub fn peer(&self) -> &Arc<PeerClient> {
+        &self.peer
+    }
+}
+
+async fn drive(
+    world: SourceWorld,
+    mut machine: SourceMachine,
+    mut inbox: mpsc::Receiver<Command>,
+    publish: watch::Sender<SourceView>,
+    stop: CancellationToken,
+) {
+    let world = Arc::new(world);
+    let mut running: Option<BoxFuture<'static, SourceEvent>> = None;
+    let mut waiting: Option<oneshot::Sender<Result<(), Denied>>> = None;
+    let mut progress = Progress::default();
+    let mut heard_at = None;
+    let mut last_error = None;
+    loop {
+        while running.is_none() {
+            match machine.poll_effect() {
+                Some(SourceEffect::Answer(result)) => {
+                    if let Err(denied) = &result {
+                        last_error = Some(denied.to_string());
+                    }
+                    publish_view(&publish, &machine, progress, heard_at, &last_error);
+                    if let Some(reply) = waiting.take() {
+                        let _ = reply.send(result);
+                    }
+                }
+                Some(effect) => running = Some(perform(world.clone(), machine.record().clone(), effect)),
+                None => break,
+            }
+        }
+        publish_view(&publish, &machine, progress, heard_at, &last_error);
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return,
+            event = async { match &mut running { Some(effect) => effect.await, None => std::future::pending().await } } => {
+                running = None;
+                machine.handle(clock::now(), event);
+            }
+            command = inbox.recv() => match command {
+                None => return,
+                Some(Command::Beat { epoch, beat, phase, progress: theirs, reply }) => {
+                    let now = clock::now();
+                    if epoch == machine.record().epoch {
+                        progress = theirs;
+                        heard_at = Some(now);
+                    }
+                    let _ = reply.send(machine.beat(now, epoch, beat, phase));
+                }
+                Some(Command::Progress(theirs)) => progress = theirs,
+                Some(Command::Do(_, reply)) if machine.is_busy() => {
+                    let _ = reply.send(Err(Denied::Busy));
+                }
+                Some(Command::Do(event, reply)) => {
+                    waiting = Some(reply);
+                    machine.handle(clock::now(), event);
+                }
+            },
+        }
+    }
+}
+
+fn publish_view(
+    publish: &watch::Sender<SourceView>,
+    machine: &SourceMachine,
+    progress: Progress,
+    heard_at: Option<BootTime>,
+    last_error: &Option<String>,
+) {
+    publish.send_modify(|view| {
+        *view = SourceView {
+            record: machine.record().clone(),
+            ready: machine.is_ready(),
+            told: machine.is_told(),
+            progress,
+            heard_at,
+            safe_at: machine.lease().map(|lease| lease.safe_at()),
+            lease_ends: machine.lease().map(|lease| lease.ends_at()),
+            last_error: last_error.clone(),
+        }
+    });
+}
+
+fn perform(
+    world: Arc<SourceWorld>,
+    record: SourceRecord,
+    effect: SourceEffect,
+) -> BoxFuture<'static, SourceEvent> {
+    Box::pin(async move {
+        tracing::info!(disk = world.disk, epoch = record.epoch.0, phase = %record.phase, effect = name(&effect), "source");
+        let subject =
+            Subject { disk: world.disk.clone(), migration: record.migration.clone(), epoch: record.epoch };
+        match effect {
+            SourceEffect::Journal(record) => {
+                SourceEvent::Journaled(append(&world.journal, Record::Source(record)).await)
+            }
+            SourceEffect::AskPrepare => {
+                let Some(ask) = world.ask.clone() else { return SourceEvent::Done };
+                SourceEvent::PeerPrepared(word(&world, &Request::Prepare(ask), PREPARE_TIME).await)
+            }
+            SourceEffect::Seal => {
+                world.export.gate().set(GateMode::ReadOnly).await;
+                SourceEvent::Sealed(world.export.sync().await.map_err(|error| {
+                    Failure::failed(format!("cannot make {} durable before the handover: {error}", world.disk))
+                }))
+            }
+            SourceEffect::TellHandover(beat) => {
+                SourceEvent::PeerTold(word(&world, &Request::Handover { subject, beat }, TELL_TIME).await)
+            }
+            SourceEffect::TellCancel => {
+                let _ = world.peer.call(&Request::Discard { subject }, CANCEL_TIME).await;
+                SourceEvent::Done
+            }
+            SourceEffect::TellDiscard(within) => {
+                SourceEvent::PeerDiscard(word(&world, &Request::Discard { subject }, within).await)
+            }
+            SourceEffect::Unseal => {
+                world.export.gate().set(GateMode::Open).await;
+                SourceEvent::Done
+            }
+            SourceEffect::Thaw => {
+                if let Err(failure) = world.hold.thaw().await {
+                    tracing::error!(disk = world.disk, %failure, "the container could not be thawed");
+                }
+                SourceEvent::Done
+            }
+            SourceEffect::ReleaseContainer => {
+                if let Err(failure) = world.hold.release().await {
+                    tracing::error!(disk = world.disk, %failure, "what is left of the container could not be removed");
+                }
+                SourceEvent::Done
+            }
+            SourceEffect::Answer(_) => SourceEvent::Done,
+        }
+    })
+}
+
+async fn word(world: &SourceWorld, request: &Request, within: Duration) -> PeerWord {
+    match world.peer.call(request, within).await {
+        Ok(_) => PeerWord::Yes,
+        Err(CallError::Refused(failure)) => PeerWord::No(failure),
+        Err(CallError::Silent(failure)) => PeerWord::Silence(failure),
+    }
+}
+
+fn name(effect: &SourceEffect) -> &'static str {
+    match effect {
+        SourceEffect::Journal(_) => "journal",
+        SourceEffect::AskPrepare => "ask to prepare",
+        SourceEffect::Seal => "seal",
+        SourceEffect::TellHandover(_) => "tell the handover",
+        SourceEffect::TellCancel => "tell the cancel",
+        SourceEffect::TellDiscard(_) => "tell to discard",
+        SourceEffect::Unseal => "unseal",
+        SourceEffect::Thaw => "thaw",
+        SourceEffect::ReleaseContainer => "release",
+        SourceEffect::Answer(_) => "answer",
+    }
+}
+
+/// A source record for a new migration.
+pub(crate) fn new_record(
+    migration: MigrationId,
+    epoch: Epoch,
+    peer: &str,
+    timings: crate::migration::lease::Timings,
+) -> SourceRecord {
+    SourceRecord { migration, epoch, phase: SourcePhase::Serving, peer: peer.into(), timings, container: None }
+}
