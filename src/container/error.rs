@@ -1,0 +1,150 @@
+//! What can go wrong with a container, said so that the person at the terminal knows what to do next.
+
+use std::{io, path::PathBuf, time::Duration};
+
+/// A container operation that failed. Each text names what was tried, on what, and why it failed; all are one line.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The id would be unsafe or is refused by the runtimes.
+    #[error(
+        "container id {id:?} is not valid: it needs 1 to 255 characters of [A-Za-z0-9_.+-] and may not begin with '-' or '.'"
+    )]
+    BadId {
+        /// What was given, cut to a printable length.
+        id: String,
+    },
+    /// A program is not on this host.
+    #[error("{program} is not on this host: install package {package}")]
+    Missing {
+        /// The program that was looked for.
+        program: String,
+        /// The Debian package that brings it.
+        package: &'static str,
+    },
+    /// A program is there but could not be started.
+    #[error("cannot start {program} to {what}: {source}")]
+    Spawn {
+        /// The program.
+        program: String,
+        /// What it was to do.
+        what: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A program was ended because it took too long.
+    #[error("cannot {what}: {program} gave no answer within {limit:?} and was ended{detail}")]
+    TimedOut {
+        /// The program.
+        program: String,
+        /// What it was to do.
+        what: String,
+        /// How long it was given.
+        limit: Duration,
+        /// What its log says, with a leading separator; may be empty.
+        detail: String,
+    },
+    /// A program ran and said no.
+    #[error("cannot {what}: {program} failed ({status}): {detail}")]
+    Failed {
+        /// The program.
+        program: String,
+        /// What it was to do.
+        what: String,
+        /// Its exit status.
+        status: String,
+        /// The lines of its output or log that tell why.
+        detail: String,
+    },
+    /// A program answered something that cannot be read.
+    #[error("cannot {what}: the answer of {program} cannot be understood: {why}")]
+    BadAnswer {
+        /// The program.
+        program: String,
+        /// What was asked.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// There is no such container.
+    #[error("container {id} does not exist; `runc list` shows those that do")]
+    NoSuchContainer {
+        /// The id that was asked for.
+        id: String,
+    },
+    /// The id is taken, so nothing may be restored under it (and nothing was touched).
+    #[error("container {id} exists already: delete it, or choose another id")]
+    Exists {
+        /// The id.
+        id: String,
+    },
+    /// The container is not in the state that the operation needs.
+    #[error("cannot {what} container {id}: it is {status}, and should be {wanted}")]
+    WrongState {
+        /// The id.
+        id: String,
+        /// What was to be done.
+        what: &'static str,
+        /// Its state.
+        status: String,
+        /// The state that is needed.
+        wanted: &'static str,
+    },
+    /// The dump was written, but the container may have run since: it must not be handed over.
+    #[error(
+        "the checkpoint of container {id} is not usable: its cgroup was not frozen when the dump had ended, so it may have run on"
+    )]
+    RanOn {
+        /// The id.
+        id: String,
+    },
+    /// The control groups of this host are not as needed.
+    #[error("cannot use the control group of {what}: {why}")]
+    Cgroup {
+        /// Which container or path.
+        what: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// The bundle cannot be used.
+    #[error("bundle {bundle}: {why}")]
+    Bundle {
+        /// The bundle's directory.
+        bundle: PathBuf,
+        /// What is wrong with it, and what to change.
+        why: String,
+    },
+    /// A file operation failed.
+    #[error("cannot {what} {path}: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A container shares the host's network, so its packets cannot be dropped apart from the host's.
+    #[error("network namespace {netns} is the host's own: its packets cannot be dropped without cutting the host off")]
+    HostNetwork {
+        /// The path that was given.
+        netns: PathBuf,
+    },
+    /// A mounted file system could not be frozen in time; it is thawed as soon as its disk answers.
+    #[error(
+        "cannot quiesce the file system at {mount}: its disk did not take all data within {limit:?}; it goes on unfrozen"
+    )]
+    QuiesceTimedOut {
+        /// The mount point.
+        mount: PathBuf,
+        /// How long it was given.
+        limit: Duration,
+    },
+}
+
+impl Error {
+    /// For `map_err` on a file operation.
+    pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+        let path = path.into();
+        move |source| Error::Io { what, path, source }
+    }
+}

@@ -1,0 +1,131 @@
+//! Drops all packets of a network namespace while its container is frozen.
+//!
+//! A frozen container's kernel still acknowledges TCP data, which is then in no checkpoint: the connection would be
+//! dead for good after the restore. So nothing may go in or out from before the freeze until release or rollback on the
+//! source, and until after the restore on the destination (where the client would get a reset instead).
+
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use super::{Error, Inspected, command::Call};
+
+/// How long one call of `nft` may take.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// One table of rules in one network namespace. All operations may be repeated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetDrop {
+    netns: PathBuf,
+    table: String,
+}
+
+impl NetDrop {
+    /// For the namespace at `netns` (`/run/netns/NAME`, `/proc/PID/ns/net`). `owner` tells tables of different moves
+    /// apart: each removes only its own.
+    pub fn new(netns: impl Into<PathBuf>, owner: &str) -> Self {
+        // nft's names may not hold all that an owner's name may.
+        Self { netns: netns.into(), table: format!("lazy_migrate_{:08x}", crc32fast::hash(owner.as_bytes())) }
+    }
+
+    /// For a container's own namespace; `None` when it shares the host's, where nothing can be dropped.
+    pub fn for_container(container: &Inspected, owner: &str) -> Option<Self> {
+        container.netns.as_ref().map(|netns| Self::new(netns, owner))
+    }
+
+    /// The namespace.
+    pub fn netns(&self) -> &Path {
+        &self.netns
+    }
+
+    /// Lets nothing in or out any more, apart from the namespace's own loopback. Takes effect at once and as a whole.
+    pub async fn install(&self) -> Result<(), Error> {
+        if same_namespace(&self.netns)? {
+            return Err(Error::HostNetwork { netns: self.netns.clone() });
+        }
+        let table = &self.table;
+        // What is forwarded through the namespace comes in by prerouting as well.
+        let rules = format!(
+            "add table inet {table}\ndelete table inet {table}\ntable inet {table} {{\n\
+             chain incoming {{ type filter hook prerouting priority raw; policy drop; iifname \"lo\" accept; }}\n\
+             chain outgoing {{ type filter hook output priority raw; policy drop; oifname \"lo\" accept; }}\n}}\n"
+        );
+        self.nft("drop the packets of", rules).await
+    }
+
+    /// Lets packets pass again. A namespace that is gone has no rules left.
+    pub async fn remove(&self) -> Result<(), Error> {
+        if !self.exists()? {
+            return Ok(());
+        }
+        let table = &self.table;
+        self.nft("let packets pass in", format!("add table inet {table}\ndelete table inet {table}\n")).await
+    }
+
+    /// Whether the rules are in force.
+    pub async fn is_installed(&self) -> Result<bool, Error> {
+        if !self.exists()? {
+            return Ok(false);
+        }
+        let tables = self.call("look at the rules of").args(["nft", "list", "tables", "inet"]).run_ok().await?;
+        Ok(tables.lines().any(|line| line.trim() == format!("table inet {}", self.table)))
+    }
+
+    fn exists(&self) -> Result<bool, Error> {
+        self.netns.try_exists().map_err(Error::io("look at", &self.netns))
+    }
+
+    async fn nft(&self, what: &str, rules: String) -> Result<(), Error> {
+        let call = self.call(what).args(["nft", "-f", "-"]).input(rules.into_bytes());
+        match call.run_ok().await {
+            // nsenter was found, but not what it was to run.
+            Err(Error::Failed { detail, .. }) if detail.contains("failed to execute nft") => {
+                Err(Error::Missing { program: "nft".to_owned(), package: "nftables" })
+            }
+            other => other.map(drop),
+        }
+    }
+
+    fn call(&self, what: &str) -> Call {
+        let mut net = std::ffi::OsString::from("--net=");
+        net.push(&self.netns);
+        let what = format!("{what} the network namespace {}", self.netns.display());
+        Call::new(Path::new("nsenter"), "util-linux", what, LIMIT).arg(net)
+    }
+}
+
+/// Whether the namespace is the one that this process is in.
+fn same_namespace(netns: &Path) -> Result<bool, Error> {
+    let identity = |path: &Path| {
+        std::fs::metadata(path).map(|m| (m.dev(), m.ino())).map_err(Error::io("look at the network namespace", path))
+    };
+    Ok(identity(netns)? == identity(Path::new("/proc/self/ns/net"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_of_different_owners_differ_and_any_name_is_safe() {
+        let (a, b) = (NetDrop::new("/run/netns/x", "web"), NetDrop::new("/run/netns/x", "web; flush ruleset"));
+        assert_ne!(a.table, b.table);
+        assert!(b.table.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'), "{}", b.table);
+    }
+
+    #[tokio::test]
+    async fn the_hosts_own_network_is_never_cut() {
+        let error = NetDrop::new("/proc/self/ns/net", "web").install().await.unwrap_err();
+        assert!(matches!(error, Error::HostNetwork { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_namespace_that_is_gone_has_no_rules() {
+        let gone = NetDrop::new("/nonexistent/netns", "web");
+        gone.remove().await.unwrap();
+        assert!(!gone.is_installed().await.unwrap());
+        assert!(gone.install().await.is_err());
+    }
+}

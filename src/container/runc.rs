@@ -1,0 +1,458 @@
+//! runc, together with criu, as a [`Runtime`].
+//!
+//! Measured with runc 1.1.5 and criu 3.17.1: during a dump the control group is thawed and only ptrace holds the tasks,
+//! so runc's answer alone does not prove that the container did not run; a restore may hang for good on images that are
+//! cut off, so it has a time limit and everything below runc is ended with it; and a restored container keeps runc's
+//! stdin, stdout and stderr, so these are `/dev/null` and runc's messages go to a log file.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use serde::Deserialize;
+use tokio::time::Instant;
+
+use super::{
+    Cgroup, CheckpointOptions, ContainerId, ContainerStatus, Error, Inspected, POLL, RestoreSpec, Runtime, absolute,
+    bundle::Bundle,
+    command::{Call, Said, log_errors, runc_log_errors},
+    private_dir, probe,
+};
+
+/// For questions and for what the kernel does at once.
+const QUICK: Duration = Duration::from_secs(20);
+/// How long a container may take to freeze: runc itself gives up after 10 s.
+const FREEZE_LIMIT: Duration = Duration::from_secs(15);
+/// How long a dump may take: it writes all of the container's memory.
+const CHECKPOINT_LIMIT: Duration = Duration::from_secs(600);
+/// How long killed tasks may take to be gone.
+const GONE_LIMIT: Duration = Duration::from_secs(10);
+
+/// runc on this host.
+#[derive(Clone, Debug)]
+pub struct Runc {
+    /// The program; a bare name is looked up in PATH.
+    pub binary: PathBuf,
+    /// runc's state directory (`--root`), if not its default.
+    pub root: Option<PathBuf>,
+    /// The criu program (`--criu`), if not the one in PATH.
+    pub criu: Option<PathBuf>,
+}
+
+impl Default for Runc {
+    fn default() -> Self {
+        Self { binary: "runc".into(), root: None, criu: None }
+    }
+}
+
+/// What `runc state` prints.
+#[derive(Deserialize)]
+struct State {
+    pid: u32,
+    status: ContainerStatus,
+    bundle: PathBuf,
+    rootfs: PathBuf,
+}
+
+impl Runtime for Runc {
+    fn inspect<'a>(&'a self, id: &'a ContainerId) -> BoxFuture<'a, Result<Inspected, Error>> {
+        Box::pin(self.do_inspect(id))
+    }
+
+    fn freeze<'a>(&'a self, id: &'a ContainerId) -> BoxFuture<'a, Result<(), Error>> {
+        Box::pin(self.do_freeze(id))
+    }
+
+    fn thaw<'a>(&'a self, id: &'a ContainerId) -> BoxFuture<'a, Result<(), Error>> {
+        Box::pin(self.do_thaw(id))
+    }
+
+    fn is_frozen<'a>(&'a self, id: &'a ContainerId) -> BoxFuture<'a, Result<bool, Error>> {
+        Box::pin(async move { self.live_cgroup(id, "look at").await?.is_frozen() })
+    }
+
+    fn checkpoint<'a>(
+        &'a self,
+        id: &'a ContainerId,
+        image_dir: PathBuf,
+        work_dir: PathBuf,
+        options: CheckpointOptions,
+    ) -> BoxFuture<'a, Result<(), Error>> {
+        Box::pin(self.do_checkpoint(id, image_dir, work_dir, options))
+    }
+
+    fn restore<'a>(&'a self, id: &'a ContainerId, spec: RestoreSpec) -> BoxFuture<'a, Result<Inspected, Error>> {
+        Box::pin(self.do_restore(id, spec))
+    }
+
+    fn kill_and_delete<'a>(&'a self, id: &'a ContainerId) -> BoxFuture<'a, Result<(), Error>> {
+        Box::pin(self.do_kill_and_delete(id))
+    }
+
+    fn probe<'a>(&'a self, scratch: PathBuf) -> BoxFuture<'a, Result<(), Error>> {
+        let criu = self.criu.clone().unwrap_or_else(|| "criu".into());
+        Box::pin(async move {
+            self.call("ask for its version", QUICK).arg("--version").run_ok().await?;
+            probe::criu(&criu, &scratch).await
+        })
+    }
+}
+
+impl Runc {
+    async fn do_inspect(&self, id: &ContainerId) -> Result<Inspected, Error> {
+        let what = format!("look at container {id}");
+        let said = self.call(&what, QUICK).arg("state").arg(id.as_str()).run().await?;
+        if !said.success {
+            return Err(self.refused(id, what, &said));
+        }
+        let state: State = serde_json::from_str(&said.stdout).map_err(|e| Error::BadAnswer {
+            program: self.binary.display().to_string(),
+            what,
+            why: e.to_string(),
+        })?;
+        let live = state.pid != 0 && state.status != ContainerStatus::Stopped;
+        let pid = live.then_some(state.pid);
+        Ok(Inspected {
+            id: id.clone(),
+            pid,
+            status: state.status,
+            cgroup: pid.map(Cgroup::of_process).transpose()?,
+            netns: pid.map(|pid| own_netns(pid, &state.bundle)).transpose()?.flatten(),
+            bundle: state.bundle,
+            rootfs: state.rootfs,
+        })
+    }
+
+    async fn do_freeze(&self, id: &ContainerId) -> Result<(), Error> {
+        let now = self.do_inspect(id).await?;
+        match now.status {
+            ContainerStatus::Running => {
+                let what = format!("freeze container {id}");
+                let paused = self.call(&what, FREEZE_LIMIT).arg("pause").arg(id.as_str()).run_ok().await;
+                if let Err(error) = paused {
+                    // A freeze that is half done would take effect later, unasked.
+                    if let Err(thaw) = self.do_thaw(id).await {
+                        tracing::warn!(container = %id, %thaw, "cannot thaw the container after a failed freeze");
+                    }
+                    return Err(error);
+                }
+            }
+            ContainerStatus::Paused => {}
+            other => return Err(wrong_state(id, "freeze", other)),
+        }
+        self.wait_frozen(id, true).await
+    }
+
+    async fn do_thaw(&self, id: &ContainerId) -> Result<(), Error> {
+        let now = self.do_inspect(id).await?;
+        match now.status {
+            ContainerStatus::Running => {}
+            ContainerStatus::Paused => {
+                let what = format!("thaw container {id}");
+                self.call(&what, QUICK).arg("resume").arg(id.as_str()).run_ok().await?;
+            }
+            other => return Err(wrong_state(id, "thaw", other)),
+        }
+        self.wait_frozen(id, false).await
+    }
+
+    async fn wait_frozen(&self, id: &ContainerId, wanted: bool) -> Result<(), Error> {
+        let cgroup = self.live_cgroup(id, if wanted { "freeze" } else { "thaw" }).await?;
+        let deadline = Instant::now() + FREEZE_LIMIT;
+        while cgroup.is_frozen()? != wanted {
+            if Instant::now() >= deadline {
+                return Err(Error::TimedOut {
+                    program: "the kernel".to_owned(),
+                    what: format!("{} container {id}", if wanted { "freeze" } else { "thaw" }),
+                    limit: FREEZE_LIMIT,
+                    detail: String::new(),
+                });
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(())
+    }
+
+    async fn live_cgroup(&self, id: &ContainerId, what: &'static str) -> Result<Cgroup, Error> {
+        let now = self.do_inspect(id).await?;
+        now.cgroup.ok_or_else(|| wrong_state(id, what, now.status))
+    }
+
+    async fn do_checkpoint(
+        &self,
+        id: &ContainerId,
+        image_dir: PathBuf,
+        work_dir: PathBuf,
+        options: CheckpointOptions,
+    ) -> Result<(), Error> {
+        let (image_dir, work_dir) = (absolute(&image_dir)?, absolute(&work_dir)?);
+        let now = self.do_inspect(id).await?;
+        let cgroup = match now.cgroup {
+            Some(cgroup) if now.status == ContainerStatus::Paused && cgroup.is_frozen()? => cgroup,
+            _ => return Err(wrong_state(id, "checkpoint", now.status)),
+        };
+        private_dir(&image_dir)?;
+        private_dir(&work_dir)?;
+        let log = work_dir.join("dump.log");
+        remove_old(&log)?;
+        let mut call = self.call(&format!("checkpoint container {id}"), CHECKPOINT_LIMIT);
+        call = call.args(["checkpoint", "--leave-running", "--image-path"]).arg(&image_dir);
+        call = call.arg("--work-path").arg(&work_dir);
+        if options.tcp_established {
+            call = call.arg("--tcp-established");
+        }
+        call.arg(id.as_str()).run_ok().await.map_err(|error| with_log(error, &log_errors(&log)))?;
+        // runc was content, but if criu was killed at the very end the group may have been left thawed.
+        if cgroup.is_frozen()? { Ok(()) } else { Err(Error::RanOn { id: id.to_string() }) }
+    }
+
+    async fn do_restore(&self, id: &ContainerId, spec: RestoreSpec) -> Result<Inspected, Error> {
+        match self.do_inspect(id).await {
+            Err(Error::NoSuchContainer { .. }) => {}
+            Ok(_) => return Err(Error::Exists { id: id.to_string() }),
+            Err(other) => return Err(other),
+        }
+        if spec.cgroup.is_populated()? {
+            let why = "it is in use on this host, so nothing may be restored into it".to_owned();
+            return Err(Error::Cgroup { what: spec.cgroup.path().to_owned(), why });
+        }
+        let spec = RestoreSpec {
+            image_dir: absolute(&spec.image_dir)?,
+            work_dir: absolute(&spec.work_dir)?,
+            state_dir: absolute(&spec.state_dir)?,
+            ..spec
+        };
+        private_dir(&spec.work_dir)?;
+        let derived = spec.state_dir.join("bundle");
+        spec.bundle.derive(&derived, &spec.cgroup, spec.tcp_established)?;
+        let started = match self.start_restored(id, &spec, &derived).await {
+            Ok(()) => self.do_inspect(id).await,
+            Err(error) => Err(error),
+        };
+        let error = match started {
+            Ok(now) if now.cgroup.as_ref() == Some(&spec.cgroup) => return Ok(now),
+            Ok(now) => Error::Failed {
+                program: self.binary.display().to_string(),
+                what: format!("restore container {id}"),
+                status: now.status.to_string(),
+                detail: format!(
+                    "it is not in the control group {} but in {}",
+                    spec.cgroup.path(),
+                    now.cgroup.as_ref().map_or("none", Cgroup::path)
+                ),
+            },
+            Err(error) => error,
+        };
+        self.undo_restore(id, &spec, &derived).await;
+        Err(error)
+    }
+
+    async fn start_restored(&self, id: &ContainerId, spec: &RestoreSpec, derived: &Path) -> Result<(), Error> {
+        let (log, runc_log) = (spec.work_dir.join("restore.log"), spec.work_dir.join("runc.log"));
+        remove_old(&log)?;
+        remove_old(&runc_log)?;
+        let what = format!("restore container {id}");
+        let mut call = self.call_logged(&what, spec.limit, &runc_log);
+        call = call.args(["restore", "--detach", "--bundle"]).arg(derived);
+        call = call.arg("--image-path").arg(&spec.image_dir).arg("--work-path").arg(&spec.work_dir);
+        if spec.tcp_established {
+            call = call.arg("--tcp-established");
+        }
+        let program = call.program();
+        let said = call.arg(id.as_str()).silent().run().await.map_err(|error| with_log(error, &log_errors(&log)))?;
+        if said.success {
+            return Ok(());
+        }
+        let told: Vec<String> =
+            [log_errors(&log), runc_log_errors(&runc_log)].into_iter().filter(|t| !t.is_empty()).collect();
+        let detail = if told.is_empty() { format!("see {}", log.display()) } else { told.join("; ") };
+        Err(Error::Failed { program, what, status: said.status, detail })
+    }
+
+    /// Removes all that a failed restore may have left. What cannot be removed is told, and does not hide the failure.
+    async fn undo_restore(&self, id: &ContainerId, spec: &RestoreSpec, derived: &Path) {
+        let told = |what: &str, error: &dyn std::fmt::Display| {
+            tracing::warn!(container = %id, %error, "cannot {what} after a failed restore");
+        };
+        if let Err(error) = self.do_kill_and_delete(id).await {
+            told("delete the container", &error);
+        }
+        if let Err(error) = spec.cgroup.destroy(GONE_LIMIT).await {
+            told("remove the control group", &error);
+        }
+        for dir in [&spec.work_dir, &spec.image_dir, &spec.state_dir] {
+            if let Err(error) = unmount_yards(dir) {
+                told("unmount what criu left", &error);
+            }
+        }
+        if let Err(error) = std::fs::remove_dir_all(derived) {
+            told("remove the derived bundle", &error);
+        }
+    }
+
+    async fn do_kill_and_delete(&self, id: &ContainerId) -> Result<(), Error> {
+        let now = match self.do_inspect(id).await {
+            Err(Error::NoSuchContainer { .. }) => return Ok(()),
+            other => other?,
+        };
+        if now.pid.is_some() {
+            // A task in the freezer dies of SIGKILL as it is; thawing it would let the others run on for a moment.
+            let what = format!("kill container {id}");
+            let killed = self.call(&what, QUICK).args(["kill", "--all", id.as_str(), "KILL"]).run_ok().await;
+            if let Err(error) = killed {
+                tracing::debug!(container = %id, %error, "kill was refused; delete ends it");
+            }
+        }
+        let deadline = Instant::now() + GONE_LIMIT;
+        loop {
+            let what = format!("delete container {id}");
+            let deleted = self.call(&what, QUICK).args(["delete", "--force", id.as_str()]).run_ok().await;
+            match self.do_inspect(id).await {
+                Err(Error::NoSuchContainer { .. }) => break,
+                _ if Instant::now() < deadline => tokio::time::sleep(POLL).await,
+                Err(error) => return Err(error),
+                Ok(left) => return Err(deleted.err().unwrap_or_else(|| wrong_state(id, "delete", left.status))),
+            }
+        }
+        match now.cgroup {
+            Some(cgroup) => cgroup.destroy(GONE_LIMIT).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A call of runc with its global options; warnings that are no errors are kept out of stderr's way.
+    fn call(&self, what: &str, limit: Duration) -> Call {
+        let mut call = Call::new(&self.binary, "runc", what, limit);
+        if let Some(root) = &self.root {
+            call = call.arg("--root").arg(root);
+        }
+        if let Some(criu) = &self.criu {
+            call = call.arg("--criu").arg(criu);
+        }
+        call
+    }
+
+    fn call_logged(&self, what: &str, limit: Duration, log: &Path) -> Call {
+        self.call(what, limit).args(["--log-format", "json", "--log"]).arg(log)
+    }
+
+    fn refused(&self, id: &ContainerId, what: String, said: &Said) -> Error {
+        if said.stderr.contains("does not exist") {
+            return Error::NoSuchContainer { id: id.to_string() };
+        }
+        let program = self.binary.display().to_string();
+        Error::Failed { program, what, status: said.status.clone(), detail: said.why() }
+    }
+}
+
+fn wrong_state(id: &ContainerId, what: &'static str, status: ContainerStatus) -> Error {
+    let wanted = if what == "checkpoint" { "paused and frozen" } else { "running or paused" };
+    Error::WrongState { id: id.to_string(), what, status: status.to_string(), wanted }
+}
+
+/// A log of an earlier try must not explain this one.
+fn remove_old(log: &Path) -> Result<(), Error> {
+    match std::fs::remove_file(log) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", log)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Adds what a log says to an error: it knows more than runc does.
+fn with_log(error: Error, told: &str) -> Error {
+    match error {
+        Error::Failed { program, what, status, .. } if !told.is_empty() => {
+            Error::Failed { program, what, status, detail: told.to_owned() }
+        }
+        Error::TimedOut { program, what, limit, .. } if !told.is_empty() => {
+            Error::TimedOut { program, what, limit, detail: format!("; its log says: {told}") }
+        }
+        other => other,
+    }
+}
+
+/// A path to the network namespace of a process, unless it is the one that we are in.
+fn own_netns(pid: u32, bundle: &Path) -> Result<Option<PathBuf>, Error> {
+    let inode = |path: &Path| {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(path).map(|m| (m.dev(), m.ino())).map_err(Error::io("look at", path))
+    };
+    let theirs = PathBuf::from(format!("/proc/{pid}/ns/net"));
+    let namespace = inode(&theirs)?;
+    if namespace == inode(Path::new("/proc/self/ns/net"))? {
+        return Ok(None);
+    }
+    let named = Bundle::read(bundle).ok().and_then(|b| b.netns());
+    Ok(Some(named.filter(|path| inode(path).is_ok_and(|i| i == namespace)).unwrap_or(theirs)))
+}
+
+/// Unmounts the control group trees that a criu which was ended leaves below `dir`, and removes their directories.
+fn unmount_yards(dir: &Path) -> io::Result<()> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    for yard in yards(&mounts, dir) {
+        nix::mount::umount2(&yard, nix::mount::MntFlags::MNT_DETACH)?;
+    }
+    let entries = match std::fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(".criu.cgyard.") {
+            // Not recursive: what is below would be somebody's control groups.
+            std::fs::remove_dir(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// The mount points of criu's yards below `dir`, the innermost first.
+fn yards(mountinfo: &str, dir: &Path) -> Vec<PathBuf> {
+    let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    let mut yards: Vec<PathBuf> = points
+        .filter(|point| {
+            let below = point.strip_prefix(dir).ok().and_then(|rest| rest.components().next());
+            below.is_some_and(|c| c.as_os_str().to_string_lossy().starts_with(".criu.cgyard."))
+        })
+        .collect();
+    yards.reverse();
+    yards
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_yards_below_the_directory_are_unmounted_innermost_first() {
+        let text = "1 0 0:1 / / rw - ext4 a rw\n\
+            2 1 0:2 / /w/.criu.cgyard.Ab1 rw - tmpfs none rw\n\
+            3 2 0:3 / /w/.criu.cgyard.Ab1/unified rw - cgroup2 cgroup rw\n\
+            4 1 0:4 / /other/.criu.cgyard.Cd2 rw - tmpfs none rw\n\
+            5 1 0:5 / /w/data rw - ext4 b rw\n";
+        let found = yards(text, Path::new("/w"));
+        assert_eq!(found, [Path::new("/w/.criu.cgyard.Ab1/unified"), Path::new("/w/.criu.cgyard.Ab1")]);
+    }
+
+    #[test]
+    fn the_log_explains_a_failure_better_than_the_program() {
+        let failed = |detail: &str| Error::Failed {
+            program: "runc".into(),
+            what: "checkpoint container web".into(),
+            status: "exit status: 1".into(),
+            detail: detail.into(),
+        };
+        let text = with_log(failed("type NOTIFY errno 0"), "(criu/net.c:1): no").to_string();
+        assert_eq!(text, "cannot checkpoint container web: runc failed (exit status: 1): (criu/net.c:1): no");
+        assert!(with_log(failed("type NOTIFY errno 0"), "").to_string().ends_with("errno 0"));
+    }
+
+    #[tokio::test]
+    async fn a_missing_runc_is_named_with_its_package() {
+        let runc = Runc { binary: "/nonexistent/runc".into(), ..Runc::default() };
+        let error = runc.inspect(&ContainerId::new("web").unwrap()).await.unwrap_err();
+        assert!(error.to_string().ends_with("install package runc"), "{error}");
+    }
+}
