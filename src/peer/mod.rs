@@ -5,6 +5,7 @@
 //! other for its own questions, and every question may be asked again, because the link may lose either half.
 
 pub mod client;
+pub mod images;
 pub mod server;
 
 use serde::{Deserialize, Serialize};

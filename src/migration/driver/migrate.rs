@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::container::SourceHold;
 use super::source::{SourceHandle, SourceView};
-use crate::container::image_stream::{self, Sent};
+use crate::container::images::Followed;
 use crate::container::{CheckpointOptions, ContainerId, Runtime, quiesce};
 use crate::control::api::{MigrateAsk, MigrateEvent, MigrateReport};
 use crate::error::{Failure, Kind, Outcome, chain};
@@ -126,23 +126,28 @@ impl Run {
         Ok(frozen_at)
     }
 
-    async fn checkpoint(&self, runtime: &dyn Runtime, id: &ContainerId, tcp_established: bool) -> Outcome<Sent> {
+    async fn checkpoint(&self, runtime: &dyn Runtime, id: &ContainerId, tcp_established: bool) -> Outcome<Followed> {
         let images = self.world.hold.images();
         let work = images.with_extension("work");
         let subject = self.world.source.view().subject(&self.world.disk);
         let stream = images::dial(self.world.source.peer().address(), &subject)
             .await
             .map_err(|error| Failure::unreachable(format!("cannot open the checkpoint's stream: {error}")))?;
-        image_stream::clear(images).await.map_err(|error| Failure::failed(chain(&error)))?;
-        let dumped = CancellationToken::new();
-        let options = CheckpointOptions { tcp_established };
+        let (dumped, spoilt) = (CancellationToken::new(), CancellationToken::new());
         let dump = async {
+            let options = CheckpointOptions { tcp_established };
             let result = runtime.checkpoint(id, images.to_path_buf(), work, options).await;
-            dumped.cancel();
+            if result.is_ok() { dumped.cancel() } else { spoilt.cancel() }
             result.map_err(|error| Failure::failed(chain(&error)))
         };
-        let (dump, sent) = tokio::join!(dump, images::send(stream, images, dumped.clone()));
-        // A dump that failed is the cause; that the stream then ends badly is its consequence.
+        // A stream that breaks does not end criu half way: it is let finish.
+        let send = async {
+            tokio::select! {
+                sent = images::send(stream, images, dumped.clone()) => sent,
+                () = spoilt.cancelled() => Err(Failure::failed("the dump failed")),
+            }
+        };
+        let (dump, sent) = tokio::join!(dump, send);
         dump?;
         sent
     }
