@@ -12,6 +12,7 @@ pub mod device;
 pub mod error;
 pub mod export;
 pub mod fetch;
+pub mod files;
 pub mod migration;
 pub mod node;
 pub mod peer;

@@ -1,3 +1,5 @@
-//! The `lazy-migrate` command.
+//! The `lazy-migrate` command; everything is in the library.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    lazy_migrate::cli::main()
+}

@@ -157,9 +157,9 @@ impl GrantedLease {
         self.safe_at().since(now)
     }
 
-    /// What is left of the lease itself.
-    pub fn remaining(&self, now: BootTime) -> Duration {
-        self.granted_at.after(self.timings.duration).since(now)
+    /// When the lease itself ends.
+    pub fn ends_at(&self) -> BootTime {
+        self.granted_at.after(self.timings.duration)
     }
 }
 

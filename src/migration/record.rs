@@ -75,6 +75,8 @@ pub struct DestinationRecord {
     pub epoch: Epoch,
     /// How far it is.
     pub phase: DestinationPhase,
+    /// Whether this host has ever owned the disk: then its store may hold what is nowhere else.
+    pub owned: bool,
     /// Where the source's node answers: peer messages and blocks.
     pub source: String,
     /// The disk's size in bytes.

@@ -1,1 +1,432 @@
-//! (skeleton)
+//! A host's node: its disks by name, its listeners, and how it starts and stops.
+//!
+//! ```text
+//! state-dir/lock                 one node at a time
+//! state-dir/disks/NAME/          disk.json, journal, map, map.live, disk.img, device.json, images/
+//! state-dir/removed/NAME.N/      stores that were forgotten: nothing deletes what may be the only copy
+//! ```
+
+mod config;
+mod disk;
+mod exports;
+mod migrations;
+mod name;
+mod peer;
+mod spec;
+mod verify;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use dashmap::DashMap;
+use nbd::address::Address;
+use nbd::server::{Listener, ServeOptions};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use config::NodeConfig;
+pub use disk::{Disk, Role};
+pub use name::{BadName, DiskName};
+
+use crate::control::api::PullAsk;
+use crate::control::server::ControlSocket;
+use crate::control::status::NodeStatus;
+use crate::device::{DeviceSlot, Via};
+use crate::error::{Failure, Outcome, chain};
+use crate::export::{ExportConfig, LazyExport};
+use crate::migration::journal::Journal;
+use crate::migration::record::Record;
+use crate::units::BlockSize;
+use crate::upstream::Upstream;
+use spec::{DiskSpec, Origin};
+
+/// The most disks of a node.
+const MAX_DISKS: usize = 4096;
+
+/// See the module's text.
+pub struct Node {
+    config: NodeConfig,
+    disks: DashMap<DiskName, Arc<Disk>>,
+    /// Names that are being made or removed: one at a time.
+    changing: DashMap<DiskName, ()>,
+    nbd: Vec<Address>,
+    peer_port: u16,
+    stop: CancellationToken,
+    _lock: nix::fcntl::Flock<std::fs::File>,
+}
+
+/// A started node with its listeners, to be served until it is stopped.
+pub struct Running {
+    /// The node.
+    pub node: Arc<Node>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+}
+
+impl Running {
+    /// Starts a node: its disks first, then its listeners, the control socket last. When this returns it answers.
+    pub async fn start(config: NodeConfig, control: &Path) -> Outcome<Running> {
+        let stop = CancellationToken::new();
+        let lock = lock(&config.state_dir)?;
+        let mut listeners = Vec::new();
+        for address in &config.nbd {
+            listeners.push(Listener::bind(address).await.map_err(|error| Failure::failed(chain(&error)))?);
+        }
+        let peer = match &config.peer {
+            None => None,
+            Some(address) => Some(TcpListener::bind(address).await.map_err(|error| {
+                Failure::failed(format!("cannot listen on the peer address {address}: {error}"))
+            })?),
+        };
+        let peer_port = match &peer {
+            Some(listener) => listener.local_addr().map_err(Failure::failed)?.port(),
+            None => 0,
+        };
+        let socket = ControlSocket::bind(control)?;
+        let node = Arc::new(Node {
+            nbd: listeners.iter().map(|listener| listener.address().clone()).collect(),
+            config,
+            disks: DashMap::new(),
+            changing: DashMap::new(),
+            peer_port,
+            stop: stop.clone(),
+            _lock: lock,
+        });
+        node.restore().await?;
+        let tasks = TaskTracker::new();
+        for listener in listeners {
+            let exports = Arc::new(exports::AllExports(node.clone()));
+            tasks.spawn(listener.run(exports, ServeOptions::default(), stop.clone()));
+        }
+        if let Some(listener) = peer {
+            let service = Arc::new(peer::Service(node.clone()));
+            tasks.spawn(crate::peer::server::serve(listener, service, stop.clone()));
+        }
+        let (served, token) = (node.clone(), stop.clone());
+        tasks.spawn(async move {
+            if let Err(failure) = socket.serve(served, token).await {
+                tracing::error!(%failure, "the control socket is gone");
+            }
+        });
+        Ok(Running { node, tasks, stop })
+    }
+
+    /// Stops in order: no new clients, requests in flight finished, then everything made durable.
+    pub async fn stop(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
+        for disk in self.node.disks() {
+            disk.stop.cancel();
+            if let Err(error) = disk.export.shutdown().await {
+                tracing::error!(disk = %disk.name(), error = %error, "the disk could not be made durable at the end");
+            }
+        }
+    }
+}
+
+impl Node {
+    /// An export by name.
+    pub fn disk(&self, name: &DiskName) -> Outcome<Arc<Disk>> {
+        self.disks.get(name).map(|disk| disk.clone()).ok_or_else(|| {
+            Failure::failed(format!("no export '{name}' on this node; `lazy-migrate status` lists them"))
+        })
+    }
+
+    /// All exports, by name.
+    pub fn disks(&self) -> Vec<Arc<Disk>> {
+        let mut disks: Vec<_> = self.disks.iter().map(|entry| entry.value().clone()).collect();
+        disks.sort_by(|a, b| a.name().cmp(b.name()));
+        disks
+    }
+
+    /// What `status` shows.
+    pub fn status(&self) -> NodeStatus {
+        NodeStatus {
+            version: env!("CARGO_PKG_VERSION").into(),
+            nbd: self.nbd.iter().map(ToString::to_string).collect(),
+            peer: self.config.peer.clone(),
+            disks: self.disks().iter().map(|disk| disk.status()).collect(),
+        }
+    }
+
+    /// An existing image becomes an export. The same again changes nothing.
+    pub async fn add(self: &Arc<Self>, name: DiskName, image: PathBuf) -> Outcome<Arc<Disk>> {
+        if let Ok(disk) = self.disk(&name) {
+            return match &disk.spec.origin {
+                Origin::Local { image: found } if *found == image => Ok(disk),
+                _ => Err(exists(&name)),
+            };
+        }
+        let _changing = self.begin(&name)?;
+        let export = LazyExport::local(name.as_str(), &image).map_err(|error| Failure::failed(chain(&error)))?;
+        let size = export.status().size;
+        let spec = DiskSpec::new(name, size, BlockSize::DEFAULT, Origin::Local { image });
+        self.make(spec, export)
+    }
+
+    /// A lazily filled export from an NBD server. The same again changes nothing.
+    pub async fn pull(self: &Arc<Self>, ask: PullAsk) -> Outcome<Arc<Disk>> {
+        let directory = self.directory(&ask.name);
+        let origin = |from: &str| Origin::Pull {
+            from: from.into(),
+            store: ask.store.clone().unwrap_or_else(|| directory.join("disk.img")),
+            order: ask.order,
+            rate: ask.rate,
+            background: ask.background,
+        };
+        if let Ok(disk) = self.disk(&ask.name) {
+            return match &disk.spec.origin {
+                found @ Origin::Pull { .. } if *found == origin(&ask.from) => Ok(disk),
+                _ => Err(exists(&ask.name)),
+            };
+        }
+        let _changing = self.begin(&ask.name)?;
+        let made = NewDirectory::make(&directory)?;
+        let mut spec = DiskSpec::new(ask.name.clone(), 0, BlockSize::DEFAULT, origin(&ask.from));
+        let export = self.open_pull(&spec).await?;
+        spec.size = export.status().size;
+        let disk = self.make(spec, export)?;
+        made.keep();
+        Ok(disk)
+    }
+
+    /// Forgets an export. An image that was added stays where it is; a store that was filled is moved aside.
+    pub async fn remove(&self, name: &DiskName) -> Outcome<()> {
+        let disk = self.disk(name)?;
+        if let Some(device) = disk.device.device() {
+            return Err(Failure::refused(format!(
+                "{name} is attached to {}; `lazy-migrate detach {name}` first",
+                device.display()
+            )));
+        }
+        if let Some(why) = disk.owed() {
+            return Err(Failure::refused(format!("{name} cannot be removed: {why}")));
+        }
+        let _changing = self.begin(name)?;
+        self.forget(&disk).await
+    }
+
+    /// Attaches an export to a block device.
+    pub async fn attach(&self, name: &DiskName, via: Via, device: Option<PathBuf>) -> Outcome<PathBuf> {
+        let disk = self.disk(name)?;
+        if let Role::Destination(destination) = disk.role() {
+            let phase = destination.view().record.phase;
+            use crate::migration::phase::DestinationPhase::{Active, Complete, Fenced};
+            if !matches!(phase, Active | Fenced | Complete) {
+                return Err(Failure::refused(format!(
+                    "{name} is {phase} here: this host does not own it, and a device would see nothing; hand it over first"
+                )));
+            }
+        }
+        disk.device.attach(via, device).await
+    }
+
+    /// Takes an export's block device away.
+    pub async fn detach(&self, name: &DiskName) -> Outcome<()> {
+        self.disk(name)?.device.detach().await
+    }
+
+    /// Puts a made disk into the list, with its files in its directory.
+    fn make(self: &Arc<Self>, spec: DiskSpec, export: LazyExport) -> Outcome<Arc<Disk>> {
+        let directory = self.directory(&spec.name);
+        std::fs::create_dir_all(&directory)
+            .map_err(|error| Failure::failed(format!("cannot make {}: {error}", directory.display())))?;
+        let (journal, _) = open_journal(&directory, &spec.name)?;
+        spec.write(&directory)?;
+        Ok(self.enlist(spec, export, journal))
+    }
+
+    fn enlist(self: &Arc<Self>, spec: DiskSpec, export: LazyExport, journal: Journal) -> Arc<Disk> {
+        let stop = self.stop.child_token();
+        let directory = self.directory(&spec.name);
+        let device =
+            DeviceSlot::new(spec.name.as_str(), &directory, Arc::new(export.clone()), stop.clone());
+        let disk = Arc::new(Disk {
+            directory,
+            export,
+            journal: Arc::new(Mutex::new(journal)),
+            device,
+            stop,
+            role: Mutex::new(Role::Idle),
+            spec,
+        });
+        self.disks.insert(disk.name().clone(), disk.clone());
+        disk
+    }
+
+    async fn forget(&self, disk: &Arc<Disk>) -> Outcome<()> {
+        disk.stop.cancel();
+        disk.export.shutdown().await.map_err(|error| {
+            Failure::failed(format!("cannot make {} durable before it is removed: {error}", disk.name()))
+        })?;
+        self.disks.remove(disk.name());
+        match disk.spec.origin {
+            Origin::Local { .. } => remove_directory(&disk.directory),
+            _ => self.move_aside(&disk.directory),
+        }
+    }
+
+    /// A store that may be the only copy is never deleted.
+    fn move_aside(&self, directory: &Path) -> Outcome<()> {
+        let removed = self.config.state_dir.join("removed");
+        let failed = |error: std::io::Error| Failure::failed(format!("cannot move {} aside: {error}", directory.display()));
+        std::fs::create_dir_all(&removed).map_err(failed)?;
+        let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let target = (1..).map(|n| removed.join(format!("{name}.{n}"))).find(|path| !path.exists());
+        let Some(target) = target else { return Ok(()) };
+        std::fs::rename(directory, &target).map_err(failed)?;
+        tracing::info!(from = %directory.display(), to = %target.display(), "moved aside; delete it when it is not needed");
+        crate::files::sync_parent(&target).map_err(failed)
+    }
+
+    /// What was there when the node stopped is there again.
+    async fn restore(self: &Arc<Self>) -> Outcome<()> {
+        let disks = self.config.state_dir.join("disks");
+        let failed = |error: std::io::Error| Failure::failed(format!("cannot read {}: {error}", disks.display()));
+        std::fs::create_dir_all(&disks).map_err(failed)?;
+        for entry in std::fs::read_dir(&disks).map_err(failed)? {
+            let directory = entry.map_err(failed)?.path();
+            let Some(spec) = DiskSpec::read(&directory)? else {
+                tracing::warn!(path = %directory.display(), "a disk was being made when the node died; it is dropped");
+                self.move_aside(&directory)?;
+                continue;
+            };
+            self.restore_disk(spec, &directory).await?;
+        }
+        Ok(())
+    }
+
+    async fn restore_disk(self: &Arc<Self>, spec: DiskSpec, directory: &Path) -> Outcome<()> {
+        let name = spec.name.clone();
+        let begun = async {
+            let (journal, record) = open_journal(directory, &name)?;
+            let export = match &spec.origin {
+                Origin::Local { image } => {
+                    LazyExport::local(name.as_str(), image).map_err(|error| Failure::failed(chain(&error)))?
+                }
+                Origin::Pull { .. } => self.open_pull(&spec).await?,
+                Origin::Migration { from } => self.open_migration(&spec, from).await?,
+            };
+            if export.status().size != spec.size {
+                return Err(Failure::failed(format!(
+                    "it has {} bytes, but had {}; bring the right image back, or remove {}",
+                    export.status().size,
+                    spec.size,
+                    directory.display()
+                )));
+            }
+            let disk = self.enlist(spec, export, journal);
+            self.recover(&disk, record).await;
+            Ok(disk)
+        };
+        let disk = begun.await.map_err(|failure: Failure| failure.context(format!("cannot open the export '{name}'")))?;
+        if let Err(failure) = disk.device.readopt().await {
+            tracing::warn!(disk = %name, %failure, "the device could not be taken over");
+        }
+        Ok(())
+    }
+
+    async fn open_pull(&self, spec: &DiskSpec) -> Outcome<LazyExport> {
+        let Origin::Pull { from, store, order, rate, background } = &spec.origin else {
+            return Err(Failure::failed("not a pull"));
+        };
+        let directory = self.directory(&spec.name);
+        let mut config = ExportConfig::new(spec.name.as_str(), &directory, from.as_str());
+        config.store = (*store != config.store_path()).then(|| store.clone());
+        config.size = (spec.size > 0).then_some(spec.size);
+        config.order = *order;
+        config.rate = *rate;
+        config.background = *background;
+        let upstream = Upstream::from_uri(from).map_err(|error| Failure::usage(chain(&error)))?;
+        LazyExport::lazy(config, upstream).await.map_err(|error| {
+            let kind = if error.is_unreachable() { Failure::unreachable } else { Failure::failed };
+            kind(chain(&error))
+        })
+    }
+
+    fn directory(&self, name: &DiskName) -> PathBuf {
+        self.config.state_dir.join("disks").join(name.as_str())
+    }
+
+    /// Nobody else makes or removes the same name meanwhile.
+    fn begin(self: &Node, name: &DiskName) -> Outcome<Changing<'_>> {
+        if self.disks.len() >= MAX_DISKS && !self.disks.contains_key(name) {
+            return Err(Failure::refused(format!("this node has {MAX_DISKS} exports already; remove some")));
+        }
+        match self.changing.entry(name.clone()) {
+            dashmap::Entry::Occupied(_) => {
+                Err(Failure::refused(format!("{name} is being made or removed already; try again when that has ended")))
+            }
+            dashmap::Entry::Vacant(entry) => {
+                entry.insert(());
+                Ok(Changing { node: self, name: name.clone() })
+            }
+        }
+    }
+}
+
+struct Changing<'a> {
+    node: &'a Node,
+    name: DiskName,
+}
+
+impl Drop for Changing<'_> {
+    fn drop(&mut self) {
+        self.node.changing.remove(&self.name);
+    }
+}
+
+/// A disk's directory while it is not sure that it will stay.
+struct NewDirectory(Option<PathBuf>);
+
+impl NewDirectory {
+    fn make(directory: &Path) -> Outcome<Self> {
+        std::fs::create_dir_all(directory)
+            .map_err(|error| Failure::failed(format!("cannot make {}: {error}", directory.display())))?;
+        Ok(Self(Some(directory.into())))
+    }
+
+    fn keep(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for NewDirectory {
+    fn drop(&mut self) {
+        if let Some(directory) = self.0.take()
+            && let Err(failure) = remove_directory(&directory)
+        {
+            tracing::warn!(%failure, "what was begun is left behind");
+        }
+    }
+}
+
+fn remove_directory(directory: &Path) -> Outcome<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Failure::failed(format!("cannot remove {}: {error}", directory.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn open_journal(directory: &Path, name: &DiskName) -> Outcome<(Journal, Option<Record>)> {
+    Journal::open(&directory.join("journal"), name.as_str()).map_err(|error| Failure::failed(chain(&error)))
+}
+
+fn exists(name: &DiskName) -> Failure {
+    Failure::refused(format!("an export '{name}' is there already; choose another name, or remove it first"))
+}
+
+fn lock(state_dir: &Path) -> Outcome<nix::fcntl::Flock<std::fs::File>> {
+    let failed = |error: std::io::Error| {
+        Failure::failed(format!("cannot use the state directory {}: {error}", state_dir.display()))
+    };
+    std::fs::create_dir_all(state_dir).map_err(failed)?;
+    let file = std::fs::File::create(state_dir.join("lock")).map_err(failed)?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock).map_err(|(_, _)| {
+        Failure::refused(format!("another node uses the state directory {}; stop it first", state_dir.display()))
+    })
+}

@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod images;
+pub mod nbd;
 pub mod server;
 
 use serde::{Deserialize, Serialize};

@@ -18,10 +18,14 @@ use crate::migration::phase::DestinationPhase;
 use crate::migration::record::{DestinationRecord, Record};
 use crate::peer::client::PeerClient;
 use crate::peer::{Progress, Reply, Request, Subject};
+use crate::pull::PullState;
 use crate::units::{BootTime, Epoch};
 
 /// How long the source may take to record its release.
 const COMPLETE_TIME: Duration = Duration::from_secs(10);
+
+/// How long writes that were admitted before are waited for when the gate changes.
+const GATE_TIME: Duration = Duration::from_millis(500);
 
 /// What the driver acts on.
 pub struct DestinationWorld {
@@ -48,6 +52,8 @@ pub struct DestinationView {
     pub lease_ends: Option<BootTime>,
     /// Whether the container, if there is one, runs here.
     pub resumed: bool,
+    /// Whether nothing of a discarded migration is left but the store.
+    pub torn_down: bool,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
 }
@@ -74,6 +80,7 @@ impl DestinationHandle {
             heard_at: None,
             lease_ends: None,
             resumed: false,
+            torn_down: false,
             last_error: None,
         });
         let peer = world.peer.clone();
@@ -123,7 +130,11 @@ struct Driver {
     waiting: Option<oneshot::Sender<Result<(), Denied>>>,
     resume_waiting: Vec<oneshot::Sender<Outcome<()>>>,
     next_beat: BootTime,
+    /// What the gate was told last.
+    deadline: Option<Option<BootTime>>,
     resumed: bool,
+    tearing_down: bool,
+    torn_down: bool,
     heard_at: Option<BootTime>,
     last_error: Option<String>,
 }
@@ -140,19 +151,22 @@ impl Driver {
             waiting: None,
             resume_waiting: Vec::new(),
             next_beat: BootTime::default(),
+            deadline: None,
             resumed: false,
+            tearing_down: false,
+            torn_down: false,
             heard_at: None,
             last_error: None,
         }
     }
 
     async fn run(mut self, mut inbox: mpsc::Receiver<Command>, stop: CancellationToken) {
-        let mut all_durable = self.world.export.all_durable();
+        let mut pull = self.world.export.complete();
         let mut told_durable = false;
         loop {
             self.start_effects();
             self.start_beat();
-            self.world.export.gate().set_deadline(self.machine.io_deadline());
+            self.set_deadline();
             self.publish();
             let wake = self.wake_at();
             tokio::select! {
@@ -160,6 +174,7 @@ impl Driver {
                 () = stop.cancelled() => return,
                 event = pending(&mut self.running) => {
                     self.running = None;
+                    self.torn_down |= std::mem::take(&mut self.tearing_down);
                     self.machine.handle(clock::now(), event);
                 }
                 (beat, answer) = pending(&mut self.beating) => {
@@ -185,7 +200,7 @@ impl Driver {
                         let _ = reply.send(outcome.clone());
                     }
                 }
-                () = all_durable.wait(), if !told_durable => {
+                Ok(_) = pull.wait_for(|state| *state == PullState::Complete), if !told_durable => {
                     told_durable = true;
                     self.machine.handle(clock::now(), DestinationEvent::AllDurable);
                 }
@@ -195,6 +210,16 @@ impl Driver {
                     Some(command) => self.command(command),
                 },
             }
+        }
+    }
+
+    /// The gate compares it at every acknowledgement, whatever this task is doing.
+    fn set_deadline(&mut self) {
+        let deadline = self.machine.io_deadline();
+        if self.deadline != Some(deadline) {
+            self.deadline = Some(deadline);
+            let nanoseconds = |at: BootTime| i64::try_from(at.since_boot().as_nanos()).unwrap_or(i64::MAX - 1);
+            self.world.export.gate().set_deadline(deadline.map_or(i64::MAX, nanoseconds));
         }
     }
 
@@ -242,6 +267,7 @@ impl Driver {
                 let resuming = self.resuming.take();
                 let waiting = std::mem::take(&mut self.resume_waiting);
                 self.resumed = false;
+                self.tearing_down = true;
                 let hold = self.world.hold.clone();
                 self.running = Some(Box::pin(async move {
                     if let Some(resuming) = resuming {
@@ -318,6 +344,7 @@ impl Driver {
                 heard_at: self.heard_at,
                 lease_ends: self.machine.lease().ends_at().filter(|_| self.machine.beats()),
                 resumed: self.resumed,
+                torn_down: self.torn_down,
                 last_error: self.last_error.clone(),
             }
         });
@@ -343,9 +370,9 @@ fn perform(
             DestinationEffect::Journal(record) => {
                 return DestinationEvent::Journaled(append(&world.journal, Record::Destination(record)).await);
             }
-            DestinationEffect::Open => world.export.gate().set(GateMode::Open).await,
-            DestinationEffect::Hold => world.export.gate().hold(),
-            DestinationEffect::Close => world.export.gate().close(),
+            DestinationEffect::Open => set_gate(&world, GateMode::Open).await,
+            DestinationEffect::Hold => set_gate(&world, GateMode::Held).await,
+            DestinationEffect::Close => set_gate(&world, GateMode::Closed).await,
             DestinationEffect::StartPull => world.export.set_background(true),
             DestinationEffect::FreezeContainer => world.hold.freeze().await,
             DestinationEffect::ThawContainer => world.hold.thaw().await,
@@ -360,6 +387,14 @@ fn perform(
         }
         DestinationEvent::Done
     })
+}
+
+/// A new mode counts at once; changes of bytes that were admitted before are waited for, but not for ever: what the
+/// local disk holds up is not acknowledged under the new mode either.
+async fn set_gate(world: &DestinationWorld, mode: GateMode) {
+    if tokio::time::timeout(GATE_TIME, world.export.gate().set(mode)).await.is_err() {
+        tracing::warn!(disk = world.disk, ?mode, "writes to the local disk take long to end");
+    }
 }
 
 fn name(effect: &DestinationEffect) -> &'static str {

@@ -99,6 +99,7 @@ impl Run {
         self.tell(MigrateEvent::HandedOver { at_ms: self.at_ms() });
         self.resume().await?;
         let frozen_ms = u64::try_from(frozen_at.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.world.source.set_frozen_ms(frozen_ms);
         self.tell(MigrateEvent::Resumed { at_ms: self.at_ms(), frozen_ms });
         self.wait_for_release(frozen_ms).await
     }

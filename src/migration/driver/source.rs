@@ -1,6 +1,6 @@
 //! The source's driver: runs a [`SourceMachine`] on the journal, the export, the container and the peer.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
@@ -90,6 +90,7 @@ pub struct SourceHandle {
     commands: mpsc::Sender<Command>,
     view: watch::Receiver<SourceView>,
     peer: Arc<PeerClient>,
+    frozen_ms: Arc<OnceLock<u64>>,
 }
 
 impl SourceHandle {
@@ -108,7 +109,7 @@ impl SourceHandle {
         });
         let peer = world.peer.clone();
         tokio::spawn(drive(world, machine, inbox, publish, stop));
-        Self { commands, view, peer }
+        Self { commands, view, peer, frozen_ms: Arc::default() }
     }
 
     /// Does a command and waits for its end.
@@ -146,6 +147,16 @@ impl SourceHandle {
     /// For waiting.
     pub fn watch(&self) -> watch::Receiver<SourceView> {
         self.view.clone()
+    }
+
+    /// How long the container stood still, from frozen to resumed, once that is known.
+    pub fn frozen_ms(&self) -> Option<u64> {
+        self.frozen_ms.get().copied()
+    }
+
+    /// The container has been resumed at the destination.
+    pub(super) fn set_frozen_ms(&self, frozen_ms: u64) {
+        let _ = self.frozen_ms.set(frozen_ms);
     }
 
     /// The destination.

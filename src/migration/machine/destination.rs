@@ -176,6 +176,7 @@ impl DestinationMachine {
                     return Err(Denied::NoBeat);
                 }
                 machine.record.phase = next;
+                machine.record.owned = true;
                 machine.journal();
                 machine.effects.extend([DestinationEffect::Open, DestinationEffect::StartPull]);
                 machine.answer(Ok(()));

@@ -1,0 +1,161 @@
+//! `serve`: this host's node, in the foreground, until it is told to stop.
+
+use std::collections::BTreeMap;
+use std::net::ToSocketAddrs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd::address::Address;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::usage;
+use crate::container::Runtime;
+use crate::container::runc::Runc;
+use crate::control::api::PullAsk;
+use crate::error::{Failure, Outcome};
+use crate::migration::driver::Runtimes;
+use crate::migration::lease::Timings;
+use crate::node::{DiskName, NodeConfig, Running};
+use crate::pull::Order;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ServeArguments {
+    /// Where everything is kept.
+    #[arg(long, value_name = "DIR")]
+    state_dir: PathBuf,
+    /// Serve all exports here: unix:/path or host:port. May be given several times.
+    #[arg(long, value_name = "ADDR")]
+    nbd: Vec<Address>,
+    /// The one port between hosts: peer messages and the data of migrations.
+    #[arg(long, value_name = "HOST:PORT")]
+    peer: Option<String>,
+    /// Where peers dial this host [default: the address that its connections come from].
+    #[arg(long, value_name = "HOST:PORT")]
+    advertise: Option<String>,
+    /// Listen on other hosts' networks although nothing is encrypted and nobody is authenticated.
+    #[arg(long)]
+    insecure: bool,
+    /// Make an image an export, as `add` does. May be given several times.
+    #[arg(long, value_name = "NAME=IMAGE")]
+    disk: Vec<String>,
+    /// Make a lazily filled export, as `pull` does. May be given several times.
+    #[arg(long, value_name = "NAME=NBD-URI")]
+    pull: Vec<String>,
+    /// A runtime whose containers may move from and to this host. May be given several times.
+    #[arg(long, value_name = "NAME[=PATH]")]
+    runtime: Vec<String>,
+    /// Where this host's bundles are: DIR/CONTAINER holds the config.json that a container is restored with.
+    #[arg(long, value_name = "DIR")]
+    bundle_dir: Option<PathBuf>,
+    /// Where disks of containers that come here are mounted: DIR/NAME.
+    #[arg(long, value_name = "DIR")]
+    mount_dir: Option<PathBuf>,
+    /// How long a destination may run without hearing from here.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    lease: Duration,
+}
+
+pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<()> {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .init();
+    let disks = arguments.disk.iter().map(|text| pair("--disk", text)).collect::<Outcome<Vec<_>>>()?;
+    let pulls = arguments.pull.iter().map(|text| pair("--pull", text)).collect::<Outcome<Vec<_>>>()?;
+    let config = config(&arguments)?;
+    // Before anything is served, so that none is lost.
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::failed)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(Failure::failed)?;
+    let running = Running::start(config, &control).await?;
+    let made = async {
+        for (name, image) in disks {
+            running.node.add(name, std::path::absolute(&image).map_err(Failure::failed)?).await?;
+        }
+        for (name, from) in pulls {
+            let ask = PullAsk { name, from, store: None, order: Order::default(), rate: None, background: true };
+            running.node.pull(ask).await?;
+        }
+        Ok(())
+    };
+    let stopped = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    };
+    let outcome = tokio::select! {
+        made = made => match made {
+            Ok(()) => {
+                tracing::info!(control = %control.display(), "ready");
+                stopped.await;
+                Ok(())
+            }
+            Err(failure) => Err(failure),
+        },
+    };
+    tracing::info!("stopping");
+    running.stop().await;
+    outcome
+}
+
+fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
+    let exposed = arguments.nbd.iter().filter(|address| !is_private(address)).map(ToString::to_string);
+    let exposed: Vec<_> = exposed.chain(arguments.peer.iter().filter(|peer| !is_loopback(peer)).cloned()).collect();
+    if !exposed.is_empty() {
+        if !arguments.insecure {
+            return Err(usage(format!(
+                "{} can be reached from other hosts, and this version has no TLS yet: anybody there could read and \
+                 write the disks; say --insecure if that network is yours alone",
+                exposed.join(" and ")
+            )));
+        }
+        tracing::warn!(
+            addresses = exposed.join(" "),
+            "INSECURE: nothing is encrypted and nobody is authenticated; whoever reaches these addresses reads and \
+             writes the disks"
+        );
+    }
+    let mut runtimes: BTreeMap<String, Arc<dyn Runtime>> = BTreeMap::new();
+    for text in &arguments.runtime {
+        let (name, path) = text.split_once('=').unwrap_or((text, text));
+        if name != "runc" {
+            return Err(usage(format!("--runtime {text}: this version knows runc only")));
+        }
+        runtimes.insert(name.into(), Arc::new(Runc { binary: path.into(), ..Runc::default() }));
+    }
+    let timings = Timings::of(arguments.lease).checked().map_err(|error| usage(format!("--lease: {error}")))?;
+    let absolute = |path: &Option<PathBuf>| {
+        path.as_ref().map(std::path::absolute).transpose().map_err(|error| usage(error.to_string()))
+    };
+    Ok(NodeConfig {
+        state_dir: std::path::absolute(&arguments.state_dir).map_err(|error| usage(error.to_string()))?,
+        nbd: arguments.nbd.clone(),
+        peer: arguments.peer.clone(),
+        advertise: arguments.advertise.clone(),
+        runtimes: Runtimes::new(runtimes),
+        bundle_dir: absolute(&arguments.bundle_dir)?,
+        mount_dir: absolute(&arguments.mount_dir)?,
+        timings,
+    })
+}
+
+fn pair(option: &str, text: &str) -> Outcome<(DiskName, String)> {
+    let (name, value) =
+        text.split_once('=').ok_or_else(|| usage(format!("{option} {text}: write it as NAME=VALUE")))?;
+    Ok((name.parse().map_err(|error| usage(format!("{option} {text}: {error}")))?, value.into()))
+}
+
+fn is_private(address: &Address) -> bool {
+    match address {
+        Address::Unix(_) => true,
+        Address::Tcp { host, port } => is_loopback(&format!("{host}:{port}")),
+    }
+}
+
+fn is_loopback(address: &str) -> bool {
+    address.to_socket_addrs().is_ok_and(|mut found| found.all(|address| address.ip().is_loopback()))
+}

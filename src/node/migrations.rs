@@ -1,0 +1,433 @@
+//! The node's part in migrations: what its operator's commands do.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::disk::Role;
+use super::{Disk, DiskName, DiskSpec, Node};
+use crate::clock;
+use crate::control::api::{MigrateAsk, MigrateEvent, RollbackReport, WaitFor};
+use crate::control::status::DiskStatus;
+use crate::error::{Failure, Outcome, chain};
+use crate::export::{ExportConfig, GateMode, LazyExport};
+use crate::migration::driver::{
+    DestinationHandle, DestinationWorld, MigrateWorld, Places, SourceHandle, SourceHold, SourceWorld, migrate,
+    new_record,
+};
+use crate::migration::driver::DestinationHold;
+use crate::migration::machine::{DestinationMachine, SourceEvent, SourceMachine};
+use crate::migration::phase::{DestinationPhase, SourcePhase};
+use crate::migration::record::{DestinationContainer, DestinationRecord, MigrationId, Record, SourceRecord};
+use crate::peer::client::PeerClient;
+use crate::peer::{self, PrepareAsk, Subject};
+use crate::pull::PullState;
+use crate::upstream::Upstream;
+
+/// How many events of a `migrate` may wait for a slow listener.
+const EVENTS: usize = 256;
+/// How often a rollback that waits looks again.
+const ROLLBACK_INTERVAL: Duration = Duration::from_millis(500);
+/// How long `rollback --plan` tries to reach the destination.
+const PLAN_TIME: Duration = Duration::from_secs(2);
+
+impl Node {
+    /// Asks a destination to make room for a disk.
+    pub async fn prepare(
+        self: &Arc<Self>,
+        name: &DiskName,
+        to: &str,
+        container: Option<DestinationContainer>,
+    ) -> Outcome<()> {
+        let disk = self.disk(name)?;
+        if let Role::Source(source, _) = disk.role() {
+            let view = source.view();
+            if view.record.phase == SourcePhase::Preparing && view.ready && view.record.peer == to {
+                return Ok(());
+            }
+        }
+        let source = self.begin_source(&disk, to, container)?;
+        source.command(SourceEvent::Prepare).await.map_err(|failure| failure.context(format!("{to} is not prepared")))
+    }
+
+    /// Hands a prepared disk over.
+    pub async fn handover(&self, name: &DiskName) -> Outcome<()> {
+        let (source, _) = self.disk(name)?.source()?;
+        source.command(SourceEvent::HandOver).await
+    }
+
+    /// Gives a migration up before the handover. Where there is none, there is nothing to do.
+    pub async fn cancel(&self, name: &DiskName) -> Outcome<()> {
+        let disk = self.disk(name)?;
+        if let Role::Idle = disk.role() {
+            return Ok(());
+        }
+        let (source, _) = disk.source()?;
+        source.command(SourceEvent::Cancel).await
+    }
+
+    /// Moves a container with its disk; what happens is told by the receiver, the last event is its end.
+    pub fn migrate(self: &Arc<Self>, name: &DiskName, ask: MigrateAsk) -> Outcome<mpsc::Receiver<MigrateEvent>> {
+        let disk = self.disk(name)?;
+        let (tell, events) = mpsc::channel(EVENTS);
+        let node = self.clone();
+        tokio::spawn(async move {
+            if let Err(failure) = node.migrate_now(disk, ask, tell.clone()).await {
+                let _ = tell.send(MigrateEvent::Failed(failure)).await;
+            }
+        });
+        Ok(events)
+    }
+
+    async fn migrate_now(
+        self: Arc<Self>,
+        disk: Arc<Disk>,
+        ask: MigrateAsk,
+        tell: mpsc::Sender<MigrateEvent>,
+    ) -> Outcome<()> {
+        // Looked at before anything is begun: the answers are those of this host, and cost the peer nothing.
+        let hold = self.source_hold(&disk, None);
+        let found = hold.inspect(&ask.container, &ask.runtime, ask.tcp_established).await?;
+        let container = DestinationContainer {
+            id: ask.container.clone(),
+            runtime: ask.runtime.clone(),
+            tcp_established: ask.tcp_established,
+        };
+        let source = self.begin_source(&disk, &ask.to, Some(container))?;
+        let (source, hold) = match disk.role() {
+            Role::Source(_, hold) => (source, hold),
+            _ => return Err(Failure::refused("another migration of this disk has begun")),
+        };
+        let world = MigrateWorld { disk: disk.name().to_string(), size: disk.spec.size, source, hold };
+        migrate(world, ask, found, tell, disk.stop.clone()).await;
+        Ok(())
+    }
+
+    /// Says what a rollback would do, and changes nothing.
+    pub async fn rollback_plan(&self, name: &DiskName) -> Outcome<RollbackReport> {
+        let disk = self.disk(name)?;
+        let (source, _) = disk.source()?;
+        let reachable = tokio::time::timeout(PLAN_TIME, tokio::net::TcpStream::connect(source.peer().address()))
+            .await
+            .is_ok_and(|connected| connected.is_ok());
+        let mut report = report(&disk, &source, reachable);
+        report.safe_now |= report.phase == SourcePhase::HandedOver.name() && reachable;
+        Ok(report)
+    }
+
+    /// Takes the disk back.
+    pub async fn rollback(&self, name: &DiskName, wait: bool) -> Outcome<RollbackReport> {
+        let disk = self.disk(name)?;
+        let (source, _) = disk.source()?;
+        let begun = Instant::now();
+        let before = report(&disk, &source, source.view().link_up(clock::now()));
+        loop {
+            match source.command(SourceEvent::RollBack { insist: wait }).await {
+                Ok(()) => break,
+                Err(failure) if wait && failure.retry_after_ms.is_some() => {
+                    let left = Duration::from_millis(failure.retry_after_ms.unwrap_or_default());
+                    tokio::time::sleep(left.min(ROLLBACK_INTERVAL)).await;
+                }
+                Err(failure) => return Err(failure.context(format!("{name} is not rolled back"))),
+            }
+        }
+        let view = source.view();
+        Ok(RollbackReport {
+            rolled_back: true,
+            phase: view.record.phase.to_string(),
+            epoch: view.record.epoch.0,
+            safe_now: true,
+            safe_in_ms: 0,
+            took_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
+            ..before
+        })
+    }
+
+    /// Waits until something is true of a disk.
+    pub async fn wait(&self, name: &DiskName, what: WaitFor, timeout: Option<Duration>) -> Outcome<DiskStatus> {
+        let disk = self.disk(name)?;
+        let waited = wait_for(&disk, what);
+        match timeout {
+            None => waited.await?,
+            Some(timeout) => tokio::time::timeout(timeout, waited).await.map_err(|_| {
+                Failure::timed_out(format!(
+                    "{name} is not {what:?} after {:.1} s: it is {}",
+                    timeout.as_secs_f64(),
+                    disk.status().phase
+                ))
+            })??,
+        }
+        Ok(disk.status())
+    }
+
+    fn begin_source(
+        self: &Arc<Self>,
+        disk: &Arc<Disk>,
+        to: &str,
+        container: Option<DestinationContainer>,
+    ) -> Outcome<SourceHandle> {
+        if self.config.peer.is_none() {
+            return Err(Failure::refused(
+                "this node has no peer address, so no destination could fetch from it; start it with --peer",
+            ));
+        }
+        if to.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+            return Err(Failure::usage(format!("--to {to}: a peer address is host:port")));
+        }
+        let mut role = disk.role.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let epoch = match &*role {
+            Role::Idle => crate::units::Epoch::default(),
+            Role::Source(source, _) => {
+                let record = source.view().record;
+                if record.phase != SourcePhase::Serving {
+                    return Err(Failure::refused(format!(
+                        "{} is {} to {} at epoch {}; finish or cancel that first",
+                        disk.name(),
+                        record.phase,
+                        record.peer,
+                        record.epoch
+                    )));
+                }
+                record.epoch
+            }
+            Role::Destination(destination) => {
+                let record = destination.view().record;
+                if record.phase != DestinationPhase::Complete {
+                    return Err(Failure::refused(format!(
+                        "{} is {} here: it can move on when it is complete",
+                        disk.name(),
+                        record.phase
+                    )));
+                }
+                record.epoch
+            }
+        };
+        let epoch = epoch.next();
+        let migration = MigrationId(random_id()?);
+        let subject =
+            Subject { disk: disk.name().to_string(), migration: migration.clone(), epoch };
+        let ask = PrepareAsk {
+            subject,
+            size: disk.spec.size,
+            block_size: disk.spec.block_size,
+            timings: self.config.timings,
+            advertise: self.config.advertise.clone(),
+            port: self.peer_port,
+            container,
+        };
+        let record = new_record(migration, epoch, to, self.config.timings);
+        let (handle, hold) = self.spawn_source(disk, SourceMachine::new(record), Some(ask));
+        *role = Role::Source(handle.clone(), hold);
+        Ok(handle)
+    }
+
+    fn spawn_source(
+        &self,
+        disk: &Arc<Disk>,
+        machine: SourceMachine,
+        ask: Option<PrepareAsk>,
+    ) -> (SourceHandle, Arc<SourceHold>) {
+        let record: &SourceRecord = machine.record();
+        let hold = self.source_hold(disk, record.container.clone());
+        let world = SourceWorld {
+            disk: disk.name().to_string(),
+            export: disk.export.clone(),
+            journal: disk.journal.clone(),
+            peer: Arc::new(PeerClient::new(&record.peer)),
+            ask,
+            hold: hold.clone(),
+        };
+        (SourceHandle::spawn(world, machine, disk.stop.clone()), hold)
+    }
+
+    fn source_hold(
+        &self,
+        disk: &Arc<Disk>,
+        container: Option<crate::migration::record::SourceContainer>,
+    ) -> Arc<SourceHold> {
+        Arc::new(SourceHold::new(
+            disk.name().as_str(),
+            self.config.runtimes.clone(),
+            disk.device.clone(),
+            container,
+            disk.directory.join("checkpoint"),
+        ))
+    }
+
+    /// The destination's driver of a disk.
+    pub(super) fn spawn_destination(&self, disk: &Arc<Disk>, machine: DestinationMachine) -> DestinationHandle {
+        let record: &DestinationRecord = machine.record();
+        let hold = self.destination_hold(disk, record);
+        let world = DestinationWorld {
+            disk: disk.name().to_string(),
+            export: disk.export.clone(),
+            journal: disk.journal.clone(),
+            peer: Arc::new(PeerClient::new(&record.source)),
+            hold: hold.clone(),
+        };
+        DestinationHandle::spawn(world, machine, disk.stop.clone())
+    }
+
+    /// The container's side of a disk that comes to here.
+    pub(super) fn destination_hold(&self, disk: &Arc<Disk>, record: &DestinationRecord) -> Arc<DestinationHold> {
+        let places = Places {
+            state: disk.directory.clone(),
+            bundles: self.config.bundle_dir.clone(),
+            mounts: self.config.mount_dir.clone(),
+        };
+        Arc::new(DestinationHold::new(
+            disk.name().as_str(),
+            record.epoch,
+            self.config.runtimes.clone(),
+            disk.device.clone(),
+            record.container.clone(),
+            places,
+        ))
+    }
+
+    /// After a restart: the journal says what this host is to a disk.
+    pub(super) async fn recover(self: &Arc<Self>, disk: &Arc<Disk>, record: Option<Record>) {
+        match record {
+            None => {
+                if let super::Origin::Migration { .. } = disk.spec.origin {
+                    // Made, but never recorded: nothing was promised.
+                    disk.export.gate().set(GateMode::Closed).await;
+                }
+            }
+            Some(Record::Source(record)) => {
+                let gate = match record.phase {
+                    SourcePhase::HandedOver | SourcePhase::Released => GateMode::ReadOnly,
+                    _ => GateMode::Open,
+                };
+                disk.export.gate().set(gate).await;
+                let (handle, hold) = self.spawn_source(disk, SourceMachine::recover(record, clock::now()), None);
+                disk.set_role(Role::Source(handle, hold));
+            }
+            Some(Record::Destination(record)) => {
+                let held = if record.phase == DestinationPhase::Complete { GateMode::Open } else { GateMode::Held };
+                disk.export.gate().set(held).await;
+                let handle = self.spawn_destination(disk, DestinationMachine::recover(record));
+                disk.set_role(Role::Destination(handle));
+                self.retire_when_torn_down(disk);
+            }
+        }
+    }
+
+    /// The export of a disk that comes from another node; everything is held until it is handed over.
+    pub(super) async fn open_migration(&self, spec: &DiskSpec, from: &str) -> Outcome<LazyExport> {
+        let directory = self.directory(&spec.name);
+        let mut config = ExportConfig::new(spec.name.as_str(), &directory, format!("migration of {}", spec.name));
+        config.size = Some(spec.size);
+        config.block_size = spec.block_size;
+        config.background = false;
+        let upstream = Upstream::dialed(Arc::new(peer::nbd::PeerDialer::new(from)), spec.name.as_str());
+        let export =
+            LazyExport::lazy(config, upstream).await.map_err(|error| Failure::failed(chain(&error)))?;
+        export.gate().set(GateMode::Held).await;
+        Ok(export)
+    }
+
+    /// A discarded migration that never owned the disk leaves nothing here.
+    pub(super) fn retire_when_torn_down(self: &Arc<Self>, disk: &Arc<Disk>) {
+        let Role::Destination(handle) = disk.role() else { return };
+        let (node, disk) = (self.clone(), disk.clone());
+        tokio::spawn(async move {
+            let mut watch = handle.watch();
+            let torn_down = watch.wait_for(|view| view.torn_down).await.map(|view| view.record.owned);
+            if torn_down.is_ok_and(|owned| !owned)
+                && let Err(failure) = node.retire(&disk, false).await
+            {
+                tracing::error!(disk = %disk.name(), %failure, "what a cancelled migration left could not be removed");
+            }
+        });
+    }
+
+    /// Takes a destination's disk off the list; its store is kept when it may hold what is nowhere else.
+    pub(super) async fn retire(&self, disk: &Arc<Disk>, keep: bool) -> Outcome<()> {
+        disk.stop.cancel();
+        if let Err(error) = disk.export.shutdown().await {
+            tracing::warn!(disk = %disk.name(), %error, "a discarded store could not be synced");
+        }
+        self.disks.remove_if(disk.name(), |_, found| Arc::ptr_eq(found, disk));
+        if keep { self.move_aside(&disk.directory) } else { super::remove_directory(&disk.directory) }
+    }
+}
+
+fn report(disk: &Disk, source: &SourceHandle, reachable: bool) -> RollbackReport {
+    let view = source.view();
+    let now = clock::now();
+    let left = view.safe_at.map_or(Duration::ZERO, |at| at.since(now));
+    RollbackReport {
+        name: disk.name().clone(),
+        rolled_back: false,
+        phase: view.record.phase.to_string(),
+        epoch: view.record.epoch.0,
+        peer: view.record.peer.clone(),
+        peer_reachable: reachable,
+        safe_now: view.record.phase == SourcePhase::HandedOver && left.is_zero(),
+        safe_in_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX),
+        lost_bytes: view.progress.dirty_bytes,
+        container: view.record.container.map(|container| container.id),
+        took_ms: 0,
+    }
+}
+
+async fn wait_for(disk: &Disk, what: WaitFor) -> Outcome<()> {
+    let gone = |_| Failure::unreachable("the node is shutting down");
+    let never = |why: String| Err(Failure::refused(format!("{} will not be {what:?}: {why}", disk.name())));
+    match disk.role() {
+        Role::Idle => match what {
+            WaitFor::Complete => {
+                let mut pull = disk.export.complete();
+                pull.wait_for(|state| *state == PullState::Complete).await.map_err(gone)?;
+                Ok(())
+            }
+            WaitFor::Serving => Ok(()),
+            _ => never("it is not being migrated".into()),
+        },
+        Role::Source(source, _) => {
+            let mut watch = source.watch();
+            let done = |phase: SourcePhase, ready: bool, told: bool| match what {
+                WaitFor::Complete => phase == SourcePhase::Released,
+                WaitFor::Active => phase == SourcePhase::Released || phase == SourcePhase::HandedOver && told,
+                WaitFor::Ready => phase == SourcePhase::Preparing && ready,
+                WaitFor::Serving => phase == SourcePhase::Serving,
+            };
+            let over = |phase: SourcePhase| match what {
+                WaitFor::Serving => phase == SourcePhase::Released,
+                // A migration that begins is waited for; one that was taken back is over.
+                _ => phase == SourcePhase::RolledBack,
+            };
+            let view = watch
+                .wait_for(|view| done(view.record.phase, view.ready, view.told) || over(view.record.phase))
+                .await
+                .map_err(gone)?;
+            if done(view.record.phase, view.ready, view.told) { Ok(()) } else { never(format!("it is {}", view.record.phase)) }
+        }
+        Role::Destination(destination) => {
+            let mut watch = destination.watch();
+            let done = |phase: DestinationPhase| match what {
+                WaitFor::Complete => phase == DestinationPhase::Complete,
+                WaitFor::Active => matches!(phase, DestinationPhase::Active | DestinationPhase::Complete),
+                WaitFor::Ready => phase == DestinationPhase::Ready,
+                WaitFor::Serving => phase == DestinationPhase::Complete,
+            };
+            let view = watch
+                .wait_for(|view| done(view.record.phase) || view.record.phase == DestinationPhase::Discarded)
+                .await
+                .map_err(gone)?;
+            if done(view.record.phase) { Ok(()) } else { never("the source took the disk back".into()) }
+        }
+    }
+}
+
+/// 64 random bits in hexadecimal.
+fn random_id() -> Outcome<String> {
+    use std::io::Read;
+    let mut bytes = [0; 8];
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(|error| Failure::failed(format!("cannot read /dev/urandom: {error}")))?;
+    Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
+}

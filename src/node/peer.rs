@@ -1,0 +1,221 @@
+//! What the node answers its peers.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use futures::future::BoxFuture;
+use nbd::server::{ServeOptions, serve_connection};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+
+use super::disk::Role;
+use super::exports::MigrationExports;
+use super::spec::{DiskSpec, Origin};
+use super::{Disk, DiskName, NewDirectory, Node, verify};
+use crate::error::{Failure, Outcome, chain};
+use crate::migration::driver::DestinationHandle;
+use crate::migration::machine::{BeatAnswer, DestinationEvent, DestinationMachine};
+use crate::migration::phase::DestinationPhase;
+use crate::migration::record::DestinationRecord;
+use crate::peer::server::PeerService;
+use crate::peer::{PrepareAsk, Reply, Request, Subject, images};
+
+/// See the module's text.
+pub(super) struct Service(pub(super) Arc<Node>);
+
+impl PeerService for Service {
+    fn answer(&self, from: SocketAddr, request: Request) -> BoxFuture<'_, Outcome<Reply>> {
+        Box::pin(self.0.answer(from, request))
+    }
+
+    fn serve_nbd(&self, stream: TcpStream, stop: CancellationToken) -> BoxFuture<'_, ()> {
+        let exports = Arc::new(MigrationExports(self.0.clone()));
+        Box::pin(async move {
+            if let Err(error) = serve_connection(stream, exports, &ServeOptions::default(), stop).await {
+                tracing::debug!(error = chain(&error), "a data connection ended");
+            }
+        })
+    }
+
+    fn receive_images(&self, stream: TcpStream) -> BoxFuture<'_, ()> {
+        Box::pin(self.0.receive_images(stream))
+    }
+}
+
+impl Node {
+    async fn answer(self: &Arc<Self>, from: SocketAddr, request: Request) -> Outcome<Reply> {
+        match request {
+            Request::Prepare(ask) => self.make_room(from, ask).await.map(|()| Reply::Done),
+            Request::Handover { subject, beat } => {
+                let (_, destination) = self.coming(&subject)?;
+                let epoch = subject.epoch;
+                destination.command(DestinationEvent::Activate { epoch, beat }).await.map(|()| Reply::Done)
+            }
+            Request::Resume { subject } => {
+                let (_, destination) = self.coming(&subject)?;
+                destination.resume(subject.epoch).await.map(|()| Reply::Done)
+            }
+            Request::Discard { subject } => match self.coming(&subject) {
+                Ok((_, destination)) => {
+                    destination.command(DestinationEvent::Discard(subject.epoch)).await.map(|()| Reply::Done)
+                }
+                // Nothing of that migration is here, so nothing of it can own anything.
+                Err(_) => Ok(Reply::Done),
+            },
+            Request::Beat { subject, beat, phase, progress } => {
+                let disk = self.named(&subject)?;
+                let Role::Source(source, _) = disk.role() else {
+                    return Err(Failure::refused(format!("{} is not given away by this host", subject.disk)));
+                };
+                let known = source.view().record;
+                let answer = if known.migration == subject.migration {
+                    source.beat(subject.epoch, beat, phase, progress).await?
+                } else if known.epoch > subject.epoch {
+                    BeatAnswer::RolledBack
+                } else {
+                    return Err(Failure::refused(format!(
+                        "{} has no migration {} at epoch {}",
+                        subject.disk, subject.migration.0, subject.epoch
+                    )));
+                };
+                Ok(Reply::Beat { answer })
+            }
+            Request::Complete { subject, progress } => {
+                let disk = self.named(&subject)?;
+                let (source, _) = disk.source()?;
+                if source.view().record.migration != subject.migration {
+                    return Err(Failure::refused(format!("{} is in another migration here", subject.disk)));
+                }
+                source.complete(subject.epoch, progress).await.map(|()| Reply::Done)
+            }
+            Request::Checksums { subject, first, count } => {
+                let disk = self.named(&subject)?;
+                let (source, _) = disk.source()?;
+                let record = source.view().record;
+                if record.migration != subject.migration || record.epoch != subject.epoch {
+                    return Err(Failure::refused(format!("{} is in another migration here", subject.disk)));
+                }
+                verify::checksums(&disk, first, count).await.map(|digests| Reply::Checksums { digests })
+            }
+        }
+    }
+
+    /// A destination's answer to `prepare`: an empty export, connected to its source. Whatever fails leaves nothing.
+    async fn make_room(self: &Arc<Self>, from: SocketAddr, ask: PrepareAsk) -> Outcome<()> {
+        let name: DiskName = ask.subject.disk.parse().map_err(Failure::refused)?;
+        let timings = ask.timings.checked().map_err(Failure::refused)?;
+        if let Ok(disk) = self.disk(&name) {
+            let Role::Destination(destination) = disk.role() else {
+                return Err(Failure::refused(format!("an export '{name}' is there already; remove it first")));
+            };
+            let record = destination.view().record;
+            if record.migration == ask.subject.migration && record.phase == DestinationPhase::Ready {
+                return Ok(());
+            }
+            if record.phase != DestinationPhase::Discarded {
+                return Err(Failure::refused(format!(
+                    "an export '{name}' is there already ({}, from {}); remove it first",
+                    record.phase, record.source
+                )));
+            }
+            let mut watch = destination.watch();
+            watch.wait_for(|view| view.torn_down).await.map_err(|_| Failure::unreachable("the node is shutting down"))?;
+            self.retire(&disk, record.owned).await?;
+        }
+        let _changing = self.begin(&name)?;
+        let source = match &ask.advertise {
+            Some(address) => address.clone(),
+            None => SocketAddr::new(from.ip(), ask.port).to_string(),
+        };
+        let made = NewDirectory::make(&self.directory(&name))?;
+        let origin = Origin::Migration { from: source.clone() };
+        let spec = DiskSpec::new(name, ask.size, ask.block_size, origin);
+        let export = self.open_migration(&spec, &source).await?;
+        let record = DestinationRecord {
+            migration: ask.subject.migration,
+            epoch: ask.subject.epoch,
+            phase: DestinationPhase::Preparing,
+            owned: false,
+            source,
+            size: ask.size,
+            block_size: ask.block_size,
+            timings,
+            container: ask.container,
+        };
+        let disk = self.make(spec, export)?;
+        let readied = self.ready(&disk, record).await;
+        made.keep();
+        if readied.is_err() {
+            self.retire(&disk, false).await?;
+        }
+        readied
+    }
+
+    async fn ready(self: &Arc<Self>, disk: &Arc<Disk>, record: DestinationRecord) -> Outcome<()> {
+        let hold = self.destination_hold(disk, &record);
+        let machine = DestinationMachine::new(record);
+        let readied = async {
+            hold.prepare().await?;
+            disk.export.probe_upstream().await.map_err(|error| {
+                Failure::unreachable(format!(
+                    "cannot read the disk from its source: {}; is the source's peer address reachable from here \
+                     (--advertise)?",
+                    chain(&error)
+                ))
+            })
+        };
+        if let Err(failure) = readied.await {
+            if let Err(left) = hold.tear_down().await {
+                tracing::error!(disk = %disk.name(), failure = %left, "what a refused migration left could not be removed");
+            }
+            return Err(failure);
+        }
+        let handle = self.spawn_destination(disk, machine);
+        disk.set_role(Role::Destination(handle.clone()));
+        self.retire_when_torn_down(disk);
+        handle.command(DestinationEvent::ExportReady).await
+    }
+
+    async fn receive_images(self: &Arc<Self>, mut stream: TcpStream) {
+        let received = async {
+            let head = images::read_head(&mut stream)
+                .await
+                .map_err(|error| Failure::unreachable(format!("the checkpoint's stream broke: {error}")))?;
+            let (disk, destination) = self.coming(&head.subject)?;
+            if destination.view().record.phase != DestinationPhase::Ready {
+                return Err(Failure::refused(format!("{} is not ready for a checkpoint", disk.name())));
+            }
+            Ok(disk)
+        };
+        match received.await {
+            Ok(disk) => {
+                let directory = disk.directory.join("images");
+                let received = async {
+                    super::remove_directory(&directory)?;
+                    images::receive(&mut stream, &directory).await
+                };
+                match received.await {
+                    Ok(received) => tracing::info!(disk = %disk.name(), bytes = received.bytes, "checkpoint received"),
+                    Err(failure) => tracing::warn!(disk = %disk.name(), %failure, "checkpoint not received"),
+                }
+            }
+            Err(failure) => images::answer(&mut stream, Err(failure)).await,
+        }
+    }
+
+    fn named(&self, subject: &Subject) -> Outcome<Arc<Disk>> {
+        self.disk(&subject.disk.parse().map_err(Failure::refused)?)
+    }
+
+    /// The destination's side of exactly that migration.
+    fn coming(&self, subject: &Subject) -> Outcome<(Arc<Disk>, DestinationHandle)> {
+        let disk = self.named(subject)?;
+        match disk.role() {
+            Role::Destination(handle) if handle.view().record.migration == subject.migration => Ok((disk, handle)),
+            _ => Err(Failure::refused(format!(
+                "this host takes no part in migration {} of {}",
+                subject.migration.0, subject.disk
+            ))),
+        }
+    }
+}
