@@ -10,6 +10,7 @@ pub mod control;
 pub mod device;
 pub mod export;
 pub mod fetch;
+pub mod limits;
 pub mod migration;
 pub mod node;
 pub mod peer;
