@@ -21,7 +21,11 @@ impl Export for LazyExport {
         ExportInfo {
             size: self.inner.disk.size(),
             read_only: self.inner.read_only || self.inner.gate.mode() == GateMode::ReadOnly,
-            description: String::new(),
+            description: if self.inner.fetcher.is_some() {
+                format!("{}, lazily filled", self.inner.name)
+            } else {
+                self.inner.name.clone()
+            },
             preferred_block: 4096,
             multi_conn: true,
             contexts: contexts::NAMES.iter().map(|name| (*name).to_owned()).collect(),

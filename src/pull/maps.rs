@@ -7,9 +7,12 @@ use crate::units::ByteRange;
 use crate::upstream::{Connection, ReadError};
 
 /// The meta context of holes and zeroes (protocol document, "Metadata querying").
-pub(crate) const ALLOCATION: &str = "base:allocation";
+const ALLOCATION: &str = "base:allocation";
 /// Our own meta context of the write tracker: the flags are the score, 0 is never written.
-pub(crate) const HEAT: &str = "lazy-migrate:heat";
+const HEAT: &str = "lazy-migrate:heat";
+
+/// What a connection to an upstream asks for.
+pub(crate) const CONTEXTS: [&str; 2] = [ALLOCATION, HEAT];
 
 /// The written ranges with their scores; empty from a server that does not know them.
 pub(crate) async fn heat(connection: &dyn Connection) -> Result<Vec<(ByteRange, u32)>, ReadError> {

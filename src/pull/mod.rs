@@ -6,6 +6,7 @@ pub(crate) mod puller;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use maps::CONTEXTS;
 pub use order::{Order, PullOrder, Step};
 
 /// How the pull goes.
