@@ -9,9 +9,9 @@ use crate::limits::{SOCKET_SEND_BUFFER, TCP_KEEPALIVE, TCP_USER_TIMEOUT};
 /// A large send buffer: the default of a Unix socket stalls both ends on large replies. Where the privilege to go
 /// beyond the system's limit is missing, the limit has to do.
 pub fn tune_unix(socket: &impl AsFd) {
-    if setsockopt(socket, sockopt::SndBufForce, &SOCKET_SEND_BUFFER).is_err()
-        && let Err(error) = setsockopt(socket, sockopt::SndBuf, &SOCKET_SEND_BUFFER)
-    {
+    let result = setsockopt(socket, sockopt::SndBufForce, &SOCKET_SEND_BUFFER)
+        .or_else(|_| setsockopt(socket, sockopt::SndBuf, &SOCKET_SEND_BUFFER));
+    if let Err(error) = result {
         tracing::debug!(%error, "the send buffer of a Unix socket stays as it is");
     }
 }

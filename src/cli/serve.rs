@@ -81,21 +81,15 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
         }
         Ok(())
     };
-    let stopped = async {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
+    let served = async {
+        made.await?;
+        tracing::info!(control = %control.display(), "ready");
+        std::future::pending().await
     };
     let outcome = tokio::select! {
-        made = made => match made {
-            Ok(()) => {
-                tracing::info!(control = %control.display(), "ready");
-                stopped.await;
-                Ok(())
-            }
-            Err(failure) => Err(failure),
-        },
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+        outcome = served => outcome,
     };
     tracing::info!("stopping");
     running.stop().await;

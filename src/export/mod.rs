@@ -1,1 +1,27 @@
-//! (skeleton)
+//! A virtual disk as NBD clients see it: a local image, or one that fills itself from an upstream.
+//!
+//! [`LazyExport`] implements the nbd crate's export trait; `docs/architecture.md` draws the way of a read. A request is
+//! answered inside the connection's task wherever the blocks are present; what must wait is a future of that task.
+//!
+//! - `lazy`: construction, start and shutdown
+//! - `requests`: the trait's methods
+//! - `mutation`: writes, trims and zeroings, and how they meet missing blocks
+//! - `flush`: FLUSH and FUA, shared by all connections
+//! - `contexts`: BLOCK_STATUS
+//! - `gate`: who may do what at the moment (freeze point, fencing)
+
+mod config;
+mod contexts;
+mod flush;
+mod gate;
+mod lazy;
+mod mutation;
+mod requests;
+mod status;
+
+pub use config::{ExportConfig, ExportError};
+pub use gate::{Clock, Gate, GateMode, boottime_clock};
+pub use lazy::LazyExport;
+pub use status::DataStatus;
+
+pub use crate::pull::PullState;

@@ -1,1 +1,59 @@
-//! (skeleton)
+//! The local bytes under an export.
+//!
+//! [`Store`] is the only way to them: [`FileStore`] for images and block devices, [`MemoryStore`] for tests and tools,
+//! [`FaultyStore`] to see what power loss and a full disk do. [`MapFile`] and [`LiveMap`] keep the block map beside it:
+//! the one survives a power loss, the other the death of the process.
+
+mod disk;
+mod durable_map;
+mod faulty;
+mod file;
+mod holes;
+mod live_map;
+mod memory;
+mod open;
+
+use std::io;
+
+pub use disk::Disk;
+pub use durable_map::{MapError, MapFile, MapSnapshot};
+pub use faulty::FaultyStore;
+pub use file::FileStore;
+pub use live_map::{BootId, LiveMap};
+pub use memory::MemoryStore;
+pub use open::{MapFiles, OpenedMap};
+
+use crate::units::ByteRange;
+
+/// The proof that everything written to a store before the call of [`Store::sync`] that made it is durable.
+///
+/// Only the stores of this module can make one; [`MapFile::commit`] asks for it: bytes before bits.
+#[derive(Debug)]
+#[must_use = "the proof is what lets the block map be persisted"]
+pub struct Durable(());
+
+/// A disk's bytes. Calls come from many threads at once; a range is within the size (callers have checked it).
+pub trait Store: Send + Sync + 'static {
+    /// Size in bytes.
+    fn size(&self) -> u64;
+
+    /// Fills the buffer from `offset`.
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+
+    /// Writes all of `data` at `offset`.
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Makes a range read as zeroes; with `no_hole` its space stays allocated.
+    fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()>;
+
+    /// Gives the space of a range back; it reads as zeroes afterwards.
+    fn discard(&self, range: ByteRange) -> io::Result<()>;
+
+    /// Makes every write that returned before this call durable. After a failure all later calls fail as well: the
+    /// system may have dropped the bytes that it could not write.
+    fn sync(&self) -> io::Result<Durable>;
+
+    /// The allocated ranges from `from` on, in order, at most `max` of them; `None` in place of a list: the store
+    /// cannot tell. Bytes between them are holes and read as zeroes.
+    fn data_ranges(&self, from: u64, max: usize) -> io::Result<Option<Vec<ByteRange>>>;
+}

@@ -1,1 +1,171 @@
-//! (skeleton)
+//! The NBD server that holds the blocks that an export does not have yet.
+//!
+//! [`Upstream`] says how to get a connection ([`Connect`]) and what its size must be; a [`Connection`] is one of them.
+//! Reconnecting and backoff are the lane's that uses it ([`crate::fetch::lane`]). The NBD client is one implementation of
+//! both; the peer link brings its own [`Dialer`]; tests bring in-process ones.
+
+mod nbd_link;
+mod status;
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use nbd::export::Extent;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+pub use nbd_link::{NbdConnect, UriDialer};
+pub(crate) use status::LinkReport;
+pub use status::{LinkState, UpstreamStatus};
+
+use crate::limits::CONNECT_TIMEOUT;
+
+/// A byte stream to a server.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// Opens byte streams to the NBD server: at an NBD URI ([`UriDialer`]), or over the peer link, whose dialer sends its own
+/// preamble before it hands the stream over.
+pub trait Dialer: Send + Sync + 'static {
+    /// A new stream, at the place where the NBD handshake begins.
+    fn dial(&self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>>;
+    /// For people: where it leads.
+    fn describe(&self) -> String;
+}
+
+/// Makes connections to one export of a server.
+pub trait Connect: Send + Sync + 'static {
+    /// A new connection.
+    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>>;
+    /// For people: where it leads.
+    fn describe(&self) -> String;
+}
+
+/// One connection to the upstream, with many requests in flight. When it dies all its requests fail.
+pub trait Connection: Send + Sync + 'static {
+    /// The size of the upstream's disk in bytes.
+    fn size(&self) -> u64;
+    /// Whether the server offers a meta context (BLOCK_STATUS).
+    fn has_context(&self, name: &str) -> bool;
+    /// Reads exactly `length` bytes.
+    fn read(&self, offset: u64, length: u32) -> BoxFuture<'static, Result<Bytes, ReadError>>;
+    /// The extents of a context from `offset` on; they may cover less than was asked, not nothing.
+    fn block_status(
+        &self,
+        context: &str,
+        offset: u64,
+        length: u32,
+    ) -> BoxFuture<'static, Result<Vec<Extent>, ReadError>>;
+    /// Ends when the connection is dead, with the reason.
+    fn closed(&self) -> BoxFuture<'static, String>;
+    /// Says goodbye.
+    fn close(&self);
+}
+
+/// Why a request failed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// The server answered an error; the connection lives.
+    #[error("the upstream answered: {0}")]
+    Refused(String),
+    /// The connection is gone.
+    #[error("the connection to the upstream is lost: {0}")]
+    Lost(String),
+}
+
+/// Why there is no connection.
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamError {
+    /// No byte stream.
+    #[error("cannot reach {target}: {source}; check that the server runs and the address is right")]
+    Dial {
+        /// Where to.
+        target: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// No NBD.
+    #[error("{target} does not serve the disk: {reason}; check the export's name")]
+    Handshake {
+        /// Where to.
+        target: String,
+        /// Why not.
+        reason: String,
+    },
+    /// It is another disk: fatal, for no byte of it may be mixed in.
+    #[error(
+        "{target} is of another size: {found} bytes, not {expected}; it is not the disk that this export was begun with"
+    )]
+    WrongSize {
+        /// Where to.
+        target: String,
+        /// Bytes there.
+        found: u64,
+        /// Bytes here.
+        expected: u64,
+    },
+    /// The URI cannot be used.
+    #[error("\"{uri}\" cannot be used: {reason}")]
+    Uri {
+        /// As given.
+        uri: String,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl UpstreamError {
+    /// Trying again cannot help.
+    pub fn is_fatal(&self) -> bool {
+        matches!(self, UpstreamError::WrongSize { .. } | UpstreamError::Uri { .. })
+    }
+}
+
+/// How to reach the blocks that are missing.
+#[derive(Clone)]
+pub struct Upstream {
+    connect: Arc<dyn Connect>,
+}
+
+impl Upstream {
+    /// The server at an NBD URI.
+    pub fn from_uri(uri: &str) -> Result<Upstream, UpstreamError> {
+        let (dialer, export) = UriDialer::new(uri)?;
+        Ok(Self::dialed(Arc::new(dialer), export))
+    }
+
+    /// An export of the NBD server at the other end of the dialer's streams.
+    pub fn dialed(dialer: Arc<dyn Dialer>, export: impl Into<String>) -> Upstream {
+        Self::new(Arc::new(NbdConnect::new(dialer, export.into())))
+    }
+
+    /// Any other way.
+    pub fn new(connect: Arc<dyn Connect>) -> Upstream {
+        Self { connect }
+    }
+
+    /// For people: where it leads.
+    pub fn describe(&self) -> String {
+        self.connect.describe()
+    }
+
+    /// One try for a connection, which must be to a disk of the expected size where that is known.
+    pub async fn connect(&self, expected: Option<u64>) -> Result<Arc<dyn Connection>, UpstreamError> {
+        let connection = match tokio::time::timeout(CONNECT_TIMEOUT, self.connect.connect()).await {
+            Ok(result) => result?,
+            Err(_) => {
+                let source = io::Error::new(io::ErrorKind::TimedOut, "no answer in time");
+                return Err(UpstreamError::Dial { target: self.describe(), source });
+            }
+        };
+        match expected {
+            Some(expected) if expected != connection.size() => {
+                let found = connection.size();
+                connection.close();
+                Err(UpstreamError::WrongSize { target: self.describe(), found, expected })
+            }
+            _ => Ok(connection),
+        }
+    }
+}

@@ -215,12 +215,11 @@ impl Client {
             return Err(impossible(Command::BLOCK_STATUS, offset, length, "there is no status of an empty range"));
         }
         let length = length.min(CLIENT_LONGEST_PIECE.into()) as u32;
-        if let Reply::Status(contexts) = self.request(Operation::BlockStatus { offset, length }).await?
-            && let Some(found) = contexts.into_iter().find(|found| found.id == id)
-        {
-            return Ok(found.extents);
-        }
-        Err(ClientError::NoContext(context.to_owned()))
+        let found = match self.request(Operation::BlockStatus { offset, length }).await? {
+            Reply::Status(contexts) => contexts.into_iter().find(|found| found.id == id),
+            _ => None,
+        };
+        found.map(|found| found.extents).ok_or_else(|| ClientError::NoContext(context.to_owned()))
     }
 
     /// Ends the connection when all requests have been answered. Later requests fail.
@@ -266,7 +265,7 @@ impl Client {
             return Err(impossible(command, offset, length, "it reaches beyond the end of the export"));
         }
         let block = u64::from(self.info.minimum_block);
-        if !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
+        if offset % block != 0 || length % block != 0 {
             return Err(impossible(command, offset, length, "it is not aligned to the server's minimum block size"));
         }
         Ok(())

@@ -121,9 +121,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
         let phase = self.phase;
         loop {
             let more = if self.phase == Phase::Finishing { false } else { self.take_requests()? };
-            while !self.in_flight.is_empty()
-                && let Poll::Ready(Some((request, done))) = self.in_flight.poll_next_unpin(cx)
-            {
+            while let Poll::Ready(Some((request, done))) = self.in_flight.poll_next_unpin(cx) {
                 self.finish(&request, done);
             }
             let sent = self.output.poll_send(&mut self.stream, cx)?;

@@ -372,7 +372,11 @@ impl MetaContext {
 
 /// Cuts a text to what a string of the protocol may hold, at a character's end.
 pub fn shortened(text: &str) -> &str {
-    &text[..text.floor_char_boundary(MAX_STRING)]
+    let mut end = text.len().min(MAX_STRING);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 #[cfg(test)]

@@ -1,0 +1,128 @@
+//! FLUSH and FUA: the data and the map are durable before the answer, for all connections at once.
+//!
+//! One flush runs at a time, off the connections' tasks. Whoever asks while one runs waits for the **next** one, which
+//! covers everything that was answered before they asked, and shares it with all others who wait.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use nbd::export::Answer;
+use nbd::wire::Errno;
+use tokio::sync::oneshot;
+
+use super::status::errno_of;
+use crate::store::{Disk, MapFile};
+
+type Outcome = Result<(), Errno>;
+
+#[derive(Default)]
+struct State {
+    running: bool,
+    waiting: Vec<oneshot::Sender<Outcome>>,
+}
+
+/// See the module's documentation.
+pub(super) struct Flusher {
+    disk: Arc<Disk>,
+    /// A local image has no map to persist.
+    map_file: Option<Mutex<MapFile>>,
+    state: Mutex<State>,
+    /// Something was changed by a client since the last flush began.
+    unflushed: AtomicBool,
+}
+
+impl Flusher {
+    pub(super) fn new(disk: Arc<Disk>, map_file: Option<MapFile>) -> Arc<Flusher> {
+        Arc::new(Flusher {
+            disk,
+            map_file: map_file.map(Mutex::new),
+            state: Mutex::new(State::default()),
+            // What an earlier process acknowledged and did not flush is still to be flushed.
+            unflushed: AtomicBool::new(true),
+        })
+    }
+
+    /// A change was made and will now be acknowledged.
+    #[inline]
+    pub(super) fn changed(&self) {
+        self.unflushed.store(true, Ordering::SeqCst);
+    }
+
+    /// The answer to a FLUSH: at once when nothing was changed.
+    pub(super) fn flush(self: &Arc<Self>) -> Answer<()> {
+        {
+            let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            if !state.running && !self.unflushed.load(Ordering::SeqCst) {
+                return Answer::Now(Ok(()));
+            }
+        }
+        let flusher = self.clone();
+        Answer::Later(Box::pin(async move { flusher.persist().await }))
+    }
+
+    /// Makes everything durable: what clients changed, what was fetched, and the map.
+    pub(super) async fn persist(self: &Arc<Self>) -> Outcome {
+        let (sender, receiver) = oneshot::channel();
+        let start = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.waiting.push(sender);
+            !std::mem::replace(&mut state.running, true)
+        };
+        if start {
+            let flusher = self.clone();
+            tokio::task::spawn_blocking(move || flusher.run());
+        }
+        receiver.await.unwrap_or(Err(Errno::EIO))
+    }
+
+    /// Nothing waits for being made durable: neither bytes nor bits.
+    fn run(&self) {
+        loop {
+            let waiting = {
+                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                if state.waiting.is_empty() {
+                    state.running = false;
+                    return;
+                }
+                std::mem::take(&mut state.waiting)
+            };
+            let outcome = self.sync_once();
+            for waiter in waiting {
+                // A client that has gone does not mind.
+                let _ = waiter.send(outcome);
+            }
+        }
+    }
+
+    fn sync_once(&self) -> Outcome {
+        self.unflushed.store(false, Ordering::SeqCst);
+        let outcome = match &self.map_file {
+            None => self.disk.sync().map(drop).map_err(|error| {
+                tracing::error!(
+                    "cannot make the disk durable: {error}; FLUSH fails, stop writing and check the storage"
+                );
+                errno_of(&error)
+            }),
+            Some(file) => self.sync_with_map(&mut file.lock().unwrap_or_else(PoisonError::into_inner)),
+        };
+        if outcome.is_err() {
+            self.unflushed.store(true, Ordering::SeqCst);
+        }
+        outcome
+    }
+
+    /// Bits are taken first, then the bytes are made durable, then the bits are written.
+    fn sync_with_map(&self, file: &mut MapFile) -> Outcome {
+        let snapshot = MapFile::snapshot(&self.disk.map);
+        let durable = self.disk.sync().map_err(|error| {
+            snapshot.give_back(&self.disk.map);
+            tracing::error!("cannot make the disk durable: {error}; FLUSH fails, stop writing and check the storage");
+            errno_of(&error)
+        })?;
+        file.commit(&snapshot, &durable).map_err(|error| {
+            snapshot.give_back(&self.disk.map);
+            tracing::error!("{error}; FLUSH fails until it can be written");
+            Errno::EIO
+        })
+    }
+}

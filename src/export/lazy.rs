@@ -1,0 +1,411 @@
+//! The export: how it is made, started and ended.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nbd::wire::Errno;
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
+
+use super::config::{ExportConfig, ExportError};
+use super::flush::Flusher;
+use super::gate::{Clock, Gate, GateMode, boottime_clock};
+use super::status::{DataStatus, RateMeter};
+use crate::block_map::BlockMap;
+use crate::block_map::codec::Header;
+use crate::fetch::Fetcher;
+use crate::fetch::lane::{self, LaneKind};
+use crate::fetch::links::Links;
+use crate::limits::{MAX_DISK, PERSIST_EVERY};
+use crate::pull::{PullOrder, PullState, puller};
+use crate::store::{Disk, FileStore, MapFile, MapFiles, Store};
+use crate::tracker::Tracker;
+use crate::units::BlockSize;
+use crate::upstream::{Connection, Upstream, UpstreamStatus};
+
+/// A virtual disk that NBD clients use: cheap to clone, all clones are the same export.
+#[derive(Clone)]
+pub struct LazyExport {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub(super) name: String,
+    pub(super) read_only: bool,
+    pub(super) disk: Arc<Disk>,
+    pub(super) gate: Gate,
+    pub(super) tracker: Tracker,
+    pub(super) flusher: Arc<Flusher>,
+    /// Only a lazily filled export has one.
+    pub(super) fetcher: Option<Arc<Fetcher>>,
+    pub(super) started: Instant,
+    pub(super) clients: AtomicUsize,
+    complete: watch::Receiver<PullState>,
+    /// Keeps the state of a local image, which is always complete.
+    _local_state: watch::Sender<PullState>,
+    links: Option<Arc<Links>>,
+    /// The connection that told the size of a new export: the demand lane begins with it.
+    first: Mutex<Option<Arc<dyn Connection>>>,
+    map_files: Option<MapFiles>,
+    rate: Arc<RateMeter>,
+    cancel: CancellationToken,
+    tasks: TaskTracker,
+    _cancel_with_the_last: DropGuard,
+}
+
+/// What differs between the kinds.
+struct Parts {
+    name: String,
+    read_only: bool,
+    disk: Disk,
+    map_file: Option<MapFile>,
+    map_files: Option<MapFiles>,
+    lazy: Option<LazyParts>,
+}
+
+struct LazyParts {
+    config: ExportConfig,
+    upstream: Upstream,
+    first: Option<Arc<dyn Connection>>,
+}
+
+impl LazyExport {
+    /// An existing image or block device: everything is present, writes are tracked.
+    pub fn local(name: impl Into<String>, image: &Path, read_only: bool) -> Result<LazyExport, ExportError> {
+        let fail = |source: io::Error| ExportError::Image { path: image.to_owned(), source };
+        let store = FileStore::open(image, read_only).map_err(fail)?;
+        Self::local_on(name, Arc::new(store), read_only)
+    }
+
+    /// The same over any store.
+    pub fn local_on(
+        name: impl Into<String>,
+        store: Arc<dyn Store>,
+        read_only: bool,
+    ) -> Result<LazyExport, ExportError> {
+        if store.size() > MAX_DISK {
+            return Err(ExportError::TooLarge(store.size()));
+        }
+        let block_size = BlockSize::DEFAULT;
+        let map = BlockMap::full(block_size.count(store.size()));
+        let disk = Disk::new(store, map, block_size);
+        Ok(Self::build(Parts { name: name.into(), read_only, disk, map_file: None, map_files: None, lazy: None }))
+    }
+
+    /// A lazily filled export. Goes on where an earlier process stopped; a new one of unknown size asks the upstream.
+    /// Nothing is fetched before [`LazyExport::start`].
+    pub async fn lazy(config: ExportConfig, upstream: Upstream) -> Result<LazyExport, ExportError> {
+        let (map_file, first) = prepare_map(&config, &upstream).await?;
+        let size = map_file.header().size;
+        let path = config.store_path();
+        let fail = |source: io::Error| ExportError::Store { path: path.clone(), source };
+        let store = FileStore::open_or_create(&path, size).map_err(fail)?;
+        Self::assemble(config, upstream, first, map_file, Arc::new(store))
+    }
+
+    /// The same over any store, which must have the disk's size and, where there is a map already, its content.
+    pub async fn lazy_on(
+        config: ExportConfig,
+        upstream: Upstream,
+        store: Arc<dyn Store>,
+    ) -> Result<LazyExport, ExportError> {
+        let config = ExportConfig { size: Some(store.size()), ..config };
+        let map_file = match open_map(&config)? {
+            Some(map_file) => map_file,
+            None => create_map(&config, store.size())?,
+        };
+        Self::assemble(config, upstream, None, map_file, store)
+    }
+
+    fn assemble(
+        config: ExportConfig,
+        upstream: Upstream,
+        first: Option<Arc<dyn Connection>>,
+        map_file: MapFile,
+        store: Arc<dyn Store>,
+    ) -> Result<LazyExport, ExportError> {
+        let block_size = map_file.header().block_size;
+        let map_files = MapFiles::in_directory(&config.directory);
+        let opened = map_files.open(map_file)?;
+        Ok(Self::build(Parts {
+            name: config.name.clone(),
+            read_only: false,
+            disk: Disk::new(store, opened.map, block_size),
+            map_file: Some(opened.file),
+            map_files: Some(map_files),
+            lazy: Some(LazyParts { config, upstream, first }),
+        }))
+    }
+
+    fn build(parts: Parts) -> LazyExport {
+        let disk = Arc::new(parts.disk);
+        let (size, block_size) = (disk.size(), disk.block_size);
+        let local_state = watch::Sender::new(PullState::Complete);
+        let (mut fetcher, mut links, mut first) = (None, None, None);
+        if let Some(LazyParts { config, upstream, first: connection }) = parts.lazy {
+            let order = PullOrder::new(config.order, block_size, size);
+            fetcher = Some(Fetcher::new(disk.clone(), order, config.rate, config.background));
+            links = Some(Arc::new(Links::new(upstream, size)));
+            first = connection;
+        }
+        let cancel = CancellationToken::new();
+        LazyExport {
+            inner: Arc::new(Inner {
+                name: parts.name,
+                read_only: parts.read_only,
+                gate: Gate::new(if parts.read_only { GateMode::ReadOnly } else { GateMode::Open }, boottime_clock()),
+                tracker: Tracker::new(size),
+                flusher: Flusher::new(disk.clone(), parts.map_file),
+                complete: fetcher.as_ref().map_or_else(|| local_state.subscribe(), |fetcher| fetcher.pull_state()),
+                _local_state: local_state,
+                disk,
+                fetcher,
+                started: Instant::now(),
+                clients: AtomicUsize::new(0),
+                links,
+                first: Mutex::new(first),
+                map_files: parts.map_files,
+                rate: Arc::default(),
+                _cancel_with_the_last: cancel.clone().drop_guard(),
+                cancel,
+                tasks: TaskTracker::new(),
+            }),
+        }
+    }
+
+    /// Uses another clock for the lease. Only before the export is shared: otherwise it changes nothing.
+    pub fn with_clock(mut self, clock: Clock) -> LazyExport {
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            inner.gate = Gate::new(inner.gate.mode(), clock);
+        }
+        self
+    }
+
+    /// Who may do what at the moment.
+    pub fn gate(&self) -> &Gate {
+        &self.inner.gate
+    }
+
+    /// In bytes.
+    pub fn size(&self) -> u64 {
+        self.inner.disk.size()
+    }
+
+    /// What is present and dirty.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.inner.disk
+    }
+
+    /// Begins to fetch: the demand connection is made, and the background pull runs if it is on. Does nothing when called
+    /// again, or for a local image.
+    pub fn start(&self) {
+        let inner = &self.inner;
+        let (Some(fetcher), Some(links)) = (&inner.fetcher, &inner.links) else { return };
+        if !inner.tasks.close() {
+            return;
+        }
+        let lanes = inner.cancel.child_token();
+        if !fetcher.disk().map.all_present() {
+            let first = inner.first.lock().unwrap_or_else(PoisonError::into_inner).take().map(|c| links.adopt(c));
+            inner.tasks.spawn(lane::run(fetcher.clone(), links.clone(), LaneKind::Demand, first, lanes.clone()));
+            inner.tasks.spawn(puller::run(fetcher.clone(), links.clone(), lanes.clone()));
+        }
+        inner.tasks.spawn(supervise(Supervised {
+            fetcher: fetcher.clone(),
+            links: links.clone(),
+            flusher: inner.flusher.clone(),
+            rate: inner.rate.clone(),
+            cancel: inner.cancel.clone(),
+            lanes,
+        }));
+    }
+
+    /// Ends the export: requests are refused from now on, tasks end, everything is made durable. Errors are logged; the
+    /// live map stays where the durable one could not be written.
+    pub async fn shutdown(&self) -> Result<(), Errno> {
+        let inner = &self.inner;
+        inner.gate.set(GateMode::Closed).await;
+        inner.cancel.cancel();
+        inner.tasks.close();
+        inner.tasks.wait().await;
+        if let Some(first) = inner.first.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            first.close();
+        }
+        inner.flusher.persist().await?;
+        if let Some(files) = &inner.map_files {
+            // The file stays mapped: a read that is still under way does no harm to it.
+            files.retire_live().map_err(|error| {
+                tracing::warn!("{error}");
+                Errno::EIO
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Makes everything durable that was answered or fetched before the call, and the map.
+    pub async fn persist(&self) -> Result<(), Errno> {
+        self.inner.flusher.persist().await
+    }
+
+    /// Switches the background pull on or off.
+    pub fn set_background(&self, on: bool) {
+        if let Some(fetcher) = &self.inner.fetcher {
+            fetcher.set_background(on);
+        }
+    }
+
+    /// Limits the background pull to so many bytes a second from now on.
+    pub fn set_rate(&self, rate: Option<u64>) {
+        if let Some(fetcher) = &self.inner.fetcher {
+            fetcher.set_rate(rate);
+        }
+    }
+
+    /// How the pull goes; [`PullState::Complete`] once everything is present and durable.
+    pub fn complete(&self) -> watch::Receiver<PullState> {
+        self.inner.complete.clone()
+    }
+
+    /// The figures for people.
+    pub fn status(&self) -> DataStatus {
+        let inner = &self.inner;
+        let (map, size) = (&inner.disk.map, inner.disk.size());
+        // The last block may be partial; only "all" must be exact.
+        let bytes = |blocks: u64| (blocks * inner.disk.block_size.bytes()).min(size);
+        let present_bytes = if map.all_present() { size } else { bytes(map.present_blocks()) };
+        let missing_bytes = size - present_bytes;
+        let pull_rate = inner.rate.rate();
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = inner.fetcher.as_ref().map(|fetcher| &fetcher.counters);
+        let pull = *inner.complete.borrow();
+        DataStatus {
+            size,
+            block_size: inner.disk.block_size.bytes(),
+            present_bytes,
+            dirty_bytes: bytes(map.dirty_blocks()),
+            missing_bytes,
+            pulled_bytes: counters.map_or(0, |c| load(&c.pulled_bytes)),
+            skipped_bytes: counters.map_or(0, |c| load(&c.skipped_bytes)),
+            demand_fetches: counters.map_or(0, |c| load(&c.demand_fetches)),
+            background_fetches: counters.map_or(0, |c| load(&c.background_fetches)),
+            pull_rate: if pull == PullState::Complete { 0 } else { pull_rate },
+            eta_s: match missing_bytes {
+                0 => Some(0),
+                missing => missing.checked_div(pull_rate),
+            },
+            faults: inner.fetcher.as_ref().map(|fetcher| fetcher.faults.summary()).unwrap_or_default(),
+            stalled_us: inner.fetcher.as_ref().map_or(0, |fetcher| fetcher.faults.total_us()),
+            upstream: inner.links.as_ref().map_or_else(UpstreamStatus::default, |links| links.report.get()),
+            pull,
+            paused_reason: inner.fetcher.as_ref().and_then(|fetcher| fetcher.store_error()).map(|(why, _)| why),
+            clients: inner.clients.load(Ordering::Relaxed),
+        }
+    }
+}
+
+struct Supervised {
+    fetcher: Arc<Fetcher>,
+    links: Arc<Links>,
+    flusher: Arc<Flusher>,
+    rate: Arc<RateMeter>,
+    cancel: CancellationToken,
+    lanes: CancellationToken,
+}
+
+/// Persists the map now and then while blocks arrive, and ends the pull when all are here.
+async fn supervise(s: Supervised) {
+    let mut tick = tokio::time::interval(Duration::from_secs(1));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut persisted = Instant::now();
+    let mut complete = false;
+    loop {
+        tokio::select! {
+            () = s.cancel.cancelled() => return,
+            () = s.fetcher.all_present(), if !complete => complete = true,
+            _ = tick.tick() => {
+                let map = &s.fetcher.disk().map;
+                s.rate.sample(s.fetcher.now(), map.present_blocks() * s.fetcher.disk().block_size.bytes());
+            }
+        }
+        if complete {
+            // The upstream is let go only when nothing of it can be lost any more.
+            if s.flusher.persist().await.is_ok() {
+                s.fetcher.set_complete();
+                s.lanes.cancel();
+                s.links.release();
+                tracing::info!("every block is present and durable, the upstream is not needed any more");
+                return;
+            }
+            tokio::select! {
+                () = s.cancel.cancelled() => return,
+                _ = tick.tick() => {}
+            }
+        } else if persisted.elapsed() >= PERSIST_EVERY {
+            // An error is logged by the flusher; it is tried again next time.
+            let _ = s.flusher.persist().await;
+            persisted = Instant::now();
+        }
+    }
+}
+
+fn open_map(config: &ExportConfig) -> Result<Option<MapFile>, ExportError> {
+    let opened = MapFile::open(&MapFiles::in_directory(&config.directory).durable)?;
+    if let Some(map_file) = &opened {
+        map_file.expect(&config.identity, config.size)?;
+    }
+    Ok(opened)
+}
+
+fn create_map(config: &ExportConfig, size: u64) -> Result<MapFile, ExportError> {
+    if size > MAX_DISK {
+        return Err(ExportError::TooLarge(size));
+    }
+    let header = Header { size, block_size: config.block_size, identity: config.identity.clone() };
+    Ok(MapFile::create(&MapFiles::in_directory(&config.directory).durable, &header)?)
+}
+
+/// The map of an earlier process, checked against its store; or a new one, for which the store must not hold anything.
+async fn prepare_map(
+    config: &ExportConfig,
+    upstream: &Upstream,
+) -> Result<(MapFile, Option<Arc<dyn Connection>>), ExportError> {
+    let path = config.store_path();
+    let fail = |source: io::Error| ExportError::Store { path: path.clone(), source };
+    std::fs::create_dir_all(&config.directory).map_err(fail)?;
+    let found = match std::fs::metadata(&path) {
+        Ok(found) => Some(found),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(fail(error)),
+    };
+    if let Some(map_file) = open_map(config)? {
+        let expected = map_file.header().size;
+        match found {
+            Some(found) if found.is_file() && found.len() != expected => {
+                return Err(ExportError::StoreSize { path: path.clone(), found: found.len(), expected });
+            }
+            Some(_) => {}
+            // A process that died between the two files of a new export leaves a map without a bit.
+            None if map_file.is_blank()? && !MapFiles::in_directory(&config.directory).live.exists() => {}
+            None => {
+                let map = MapFiles::in_directory(&config.directory).durable;
+                return Err(ExportError::StoreGone { store: path.clone(), map });
+            }
+        }
+        return Ok((map_file, None));
+    }
+    if found.is_some_and(|found| found.is_file() && found.len() > 0) {
+        return Err(ExportError::StoreInUse { path: path.clone() });
+    }
+    let (size, first) = match config.size {
+        Some(size) => (size, None),
+        None => {
+            let connection = upstream.connect(None).await?;
+            (connection.size(), Some(connection))
+        }
+    };
+    Ok((create_map(config, size)?, first))
+}

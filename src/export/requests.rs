@@ -1,0 +1,136 @@
+//! The export trait's methods: what each NBD command does.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, ZeroMode};
+use nbd::wire::Errno;
+
+use super::contexts;
+use super::gate::{GateMode, Refusal};
+use super::lazy::{Inner, LazyExport};
+use super::mutation::{self, Mutation};
+use super::status::errno_of;
+use crate::fetch::Class;
+use crate::units::ByteRange;
+
+impl Export for LazyExport {
+    fn info(&self) -> ExportInfo {
+        ExportInfo {
+            size: self.inner.disk.size(),
+            read_only: self.inner.read_only || self.inner.gate.mode() == GateMode::ReadOnly,
+            description: if self.inner.fetcher.is_some() {
+                format!("{}, lazily filled", self.inner.name)
+            } else {
+                self.inner.name.clone()
+            },
+            preferred_block: 4096,
+            multi_conn: true,
+            contexts: contexts::NAMES.iter().map(|name| (*name).to_owned()).collect(),
+        }
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
+        let inner = &self.inner;
+        let range = ByteRange::at(offset, buffer.len() as u64);
+        match inner.gate.serve() {
+            Ok(()) if inner.disk.map.is_present(inner.disk.block_size.cover(range)) => {
+                ReadAnswer::Now(inner.disk.read(offset, buffer).map_err(|error| errno_of(&error)))
+            }
+            Err(Refusal::Fail(errno)) => ReadAnswer::Now(Err(errno)),
+            Ok(()) | Err(Refusal::Wait) => ReadAnswer::Later(Box::pin(read_later(inner.clone(), range))),
+        }
+    }
+
+    fn write(&self, offset: u64, data: Bytes, fua: bool) -> Answer<()> {
+        mutation::answer(&self.inner, Mutation::Write { offset, data }, fua)
+    }
+
+    fn flush(&self) -> Answer<()> {
+        let inner = &self.inner;
+        match (inner.gate.serve(), inner.flusher.flush()) {
+            (Err(Refusal::Fail(errno)), _) => Answer::Now(Err(errno)),
+            (Ok(()), Answer::Now(done)) => Answer::Now(done),
+            (_, flush) => {
+                let inner = inner.clone();
+                Answer::Later(Box::pin(async move {
+                    match flush {
+                        Answer::Now(done) => done?,
+                        Answer::Later(flush) => flush.await?,
+                    }
+                    inner.gate.until_served().await
+                }))
+            }
+        }
+    }
+
+    fn trim(&self, offset: u64, length: u64, fua: bool) -> Answer<()> {
+        mutation::answer(&self.inner, Mutation::Trim { range: ByteRange::at(offset, length) }, fua)
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode, fua: bool) -> Answer<()> {
+        let range = ByteRange::at(offset, length);
+        mutation::answer(&self.inner, Mutation::Zero { range, no_hole: mode.no_hole }, fua)
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Answer<()> {
+        let blocks = self.inner.disk.block_size.cover(ByteRange::at(offset, length));
+        match &self.inner.fetcher {
+            Some(fetcher) if !self.inner.disk.map.is_present(blocks) => {
+                let fetcher = fetcher.clone();
+                Answer::Later(Box::pin(async move {
+                    fetcher.fetch(blocks, Class::ReadAhead).await;
+                    Ok(())
+                }))
+            }
+            _ => Answer::Now(Ok(())),
+        }
+    }
+
+    fn block_status(&self, context: &str, offset: u64, length: u64, max_extents: usize) -> Answer<Vec<Extent>> {
+        match self.inner.gate.serve() {
+            Err(Refusal::Fail(errno)) => Answer::Now(Err(errno)),
+            Ok(()) | Err(Refusal::Wait) => {
+                contexts::answer(&self.inner, context, ByteRange::at(offset, length), max_extents)
+            }
+        }
+    }
+
+    fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync> {
+        self.inner.clients.fetch_add(1, Ordering::Relaxed);
+        Box::new(Client(self.inner.clone()))
+    }
+}
+
+/// One connected client.
+struct Client(Arc<Inner>);
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.0.clients.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A read that must wait: for the gate, or for missing blocks.
+async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno> {
+    inner.gate.until_served().await?;
+    let blocks = inner.disk.block_size.cover(range);
+    let missing = !inner.disk.map.is_present(blocks);
+    let bytes = match &inner.fetcher {
+        Some(fetcher) if missing => {
+            let since = Instant::now();
+            let brought = fetcher.fetch(blocks, Class::Demand).await;
+            fetcher.faults.record(since.elapsed());
+            brought.assemble(&inner.disk, range)
+        }
+        _ => {
+            let mut buffer = BytesMut::zeroed(range.len() as usize);
+            inner.disk.read(range.start, &mut buffer).map(|()| buffer.freeze())
+        }
+    };
+    // It may have been fenced meanwhile.
+    inner.gate.until_served().await?;
+    bytes.map_err(|error| errno_of(&error))
+}

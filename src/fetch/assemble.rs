@@ -1,0 +1,60 @@
+//! The bytes that a reader of missing blocks gets: from the flights' replies where it waited for them, from the store
+//! for the rest.
+
+use std::io;
+
+use bytes::{Bytes, BytesMut};
+
+use super::ranges::{intersects, subtract};
+use crate::store::Disk;
+use crate::units::{BlockRange, ByteRange};
+
+/// What a fetch brought. The blocks that are in none of the pieces are present in the store.
+#[derive(Debug, Default)]
+pub struct Fetched {
+    pieces: Vec<(BlockRange, Bytes)>,
+}
+
+impl Fetched {
+    pub(super) fn push(&mut self, blocks: BlockRange, bytes: Bytes) {
+        self.pieces.push((blocks, bytes));
+    }
+
+    pub(super) fn extend(&mut self, other: Fetched) {
+        self.pieces.extend(other.pieces);
+    }
+
+    /// The blocks of a range that no reply brought.
+    pub(super) fn not_brought(&self, range: BlockRange) -> Vec<BlockRange> {
+        let brought: Vec<BlockRange> = self.pieces.iter().map(|(blocks, _)| *blocks).collect();
+        subtract(range, &brought)
+    }
+
+    /// The bytes of a range within what was fetched; without a copy where one reply holds them all.
+    pub fn assemble(&self, disk: &Disk, range: ByteRange) -> io::Result<Bytes> {
+        let size = disk.size();
+        let span = |blocks: BlockRange| disk.block_size.bytes_of(blocks, size);
+        for (blocks, bytes) in &self.pieces {
+            let piece = span(*blocks);
+            if piece.start <= range.start && range.end <= piece.end {
+                return Ok(bytes.slice((range.start - piece.start) as usize..(range.end - piece.start) as usize));
+            }
+        }
+        let mut buffer = BytesMut::zeroed(range.len() as usize);
+        let asked = disk.block_size.cover(range);
+        for blocks in self.not_brought(asked) {
+            let from = span(blocks);
+            let (start, end) = (from.start.max(range.start), from.end.min(range.end));
+            disk.read(start, &mut buffer[(start - range.start) as usize..(end - range.start) as usize])?;
+        }
+        for (blocks, bytes) in self.pieces.iter().filter(|(blocks, _)| intersects(*blocks, asked)) {
+            let piece = span(*blocks);
+            let (start, end) = (piece.start.max(range.start), piece.end.min(range.end));
+            if start < end {
+                let from = &bytes[(start - piece.start) as usize..(end - piece.start) as usize];
+                buffer[(start - range.start) as usize..(end - range.start) as usize].copy_from_slice(from);
+            }
+        }
+        Ok(buffer.freeze())
+    }
+}

@@ -1,0 +1,448 @@
+//! The fetch queue with the map, the store and the waiters around it.
+//!
+//! The queue's lock is held for arithmetic only: never while bytes are written, never across an await. A landing writes
+//! to the store between two short holds, and nobody can claim its blocks meanwhile.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::{Notify, oneshot, watch};
+
+use super::assemble::Fetched;
+use super::queue::{Cargo, Carrier, ClaimId, Claimed, Class, FetchQueue, FlightId, Outgoing, Ticket};
+use super::stats::{FaultStats, PullCounters};
+use super::window::Window;
+use crate::limits::{BACKGROUND_CONNECTIONS, DEMAND_WINDOW, MAX_FETCH, NO_SPACE_PAUSE, RETRY_MIN};
+use crate::pull::{PullOrder, PullState};
+use crate::store::Disk;
+use crate::units::{BlockRange, ByteRange};
+
+struct Waiter {
+    brought: Fetched,
+    done: oneshot::Sender<Fetched>,
+}
+
+struct State {
+    queue: FetchQueue,
+    order: PullOrder,
+    waiters: HashMap<Ticket, Waiter>,
+    window: Window,
+    /// When the rate limit lets the next background request go.
+    rate_next: Duration,
+    /// The store took no bytes: when to try again, and why.
+    paused: Option<(Duration, io::Error)>,
+    carriers: u64,
+}
+
+/// See the module's documentation.
+pub struct Fetcher {
+    disk: Arc<Disk>,
+    state: Mutex<State>,
+    started: Instant,
+    background: AtomicBool,
+    /// Bytes a second of background pull; 0 is no limit.
+    rate: AtomicU64,
+    demand_wake: Notify,
+    background_wake: [Notify; BACKGROUND_CONNECTIONS],
+    all_present: Notify,
+    pull_state: watch::Sender<PullState>,
+    /// Bytes fetched and skipped.
+    pub counters: PullCounters,
+    /// What readers waited.
+    pub faults: FaultStats,
+}
+
+/// What a lane shall do next.
+pub(crate) enum Next {
+    Send(Outgoing),
+    /// Nothing, until something happens or this time comes.
+    Wait(Option<Duration>),
+}
+
+/// Which lane asks for work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LaneKind {
+    Demand,
+    Background(usize),
+}
+
+impl Fetcher {
+    /// Nothing flies until lanes ask for work.
+    pub fn new(disk: Arc<Disk>, order: PullOrder, rate: Option<u64>, background: bool) -> Arc<Fetcher> {
+        let max_flight = MAX_FETCH / disk.block_size.bytes();
+        let state = State {
+            queue: FetchQueue::new(max_flight),
+            order,
+            waiters: HashMap::new(),
+            window: Window::default(),
+            rate_next: Duration::ZERO,
+            paused: None,
+            carriers: 0,
+        };
+        let first = if background { PullState::Pulling } else { PullState::Off };
+        Arc::new(Fetcher {
+            disk,
+            state: Mutex::new(state),
+            started: Instant::now(),
+            background: AtomicBool::new(background),
+            rate: AtomicU64::new(rate.unwrap_or(0)),
+            demand_wake: Notify::new(),
+            background_wake: Default::default(),
+            all_present: Notify::new(),
+            pull_state: watch::Sender::new(first),
+            counters: PullCounters::default(),
+            faults: FaultStats::default(),
+        })
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// Waits until every block of a range is present or its bytes have come. Never fails: while the upstream is away, it
+    /// waits. May be dropped at any time.
+    pub async fn fetch(self: &Arc<Self>, blocks: BlockRange, class: Class) -> Fetched {
+        let mut brought = Fetched::default();
+        loop {
+            let mut waiting = None;
+            {
+                let mut state = self.lock();
+                let wanted = brought.not_brought(blocks);
+                let missing: Vec<BlockRange> =
+                    wanted.into_iter().flat_map(|part| self.disk.map.missing_in(part)).collect();
+                if let Some(ticket) = state.queue.request(&missing, class) {
+                    waiting = Some(self.wait_for(&mut state, ticket));
+                    if class == Class::Demand {
+                        state.order.hint(blocks);
+                    }
+                }
+            }
+            let Some(mut waiting) = waiting else { return brought };
+            self.demand_wake.notify_one();
+            brought.extend(waiting.done().await);
+        }
+    }
+
+    /// Claims blocks for a local write. While the guard lives no fetch lands on them.
+    pub async fn claim(self: &Arc<Self>, blocks: BlockRange) -> ClaimGuard {
+        loop {
+            match self.try_claim(blocks) {
+                Ok(guard) => return guard,
+                Err(mut waiting) => {
+                    waiting.done().await;
+                }
+            }
+        }
+    }
+
+    /// The same at once, unless a landing must be waited for.
+    pub fn try_claim(self: &Arc<Self>, blocks: BlockRange) -> Result<ClaimGuard, Waiting> {
+        let mut state = self.lock();
+        match state.queue.claim(blocks) {
+            Claimed::Granted(id, finished) => {
+                self.finish(&mut state, finished);
+                Ok(ClaimGuard { fetcher: self.clone(), id })
+            }
+            Claimed::Wait(ticket) => Err(self.wait_for(&mut state, ticket)),
+        }
+    }
+
+    /// Switches the background pull on or off. What is in flight still arrives.
+    pub fn set_background(&self, on: bool) {
+        self.background.store(on, Ordering::Release);
+        if *self.pull_state.borrow() != PullState::Complete {
+            self.pull_state.send_replace(if on { PullState::Pulling } else { PullState::Off });
+        }
+        self.wake_background();
+    }
+
+    /// Whether the background pull is on.
+    pub fn background(&self) -> bool {
+        self.background.load(Ordering::Acquire)
+    }
+
+    /// Bytes a second of background pull from now on; `None`: as fast as it goes.
+    pub fn set_rate(&self, rate: Option<u64>) {
+        self.rate.store(rate.unwrap_or(0), Ordering::Release);
+        self.lock().rate_next = Duration::ZERO;
+        self.wake_background();
+    }
+
+    /// How the pull goes.
+    pub fn pull_state(&self) -> watch::Receiver<PullState> {
+        self.pull_state.subscribe()
+    }
+
+    /// Why the store takes no bytes, if it does not: text for people, and the system's error number.
+    pub fn store_error(&self) -> Option<(String, i32)> {
+        self.lock().paused.as_ref().map(|(_, why)| (why.to_string(), why.raw_os_error().unwrap_or(nix::libc::EIO)))
+    }
+
+    /// Ends when every block is present.
+    pub async fn all_present(&self) {
+        let notified = self.all_present.notified();
+        if !self.disk.map.all_present() {
+            notified.await;
+        }
+    }
+
+    /// A local write made blocks present: it may have been the last.
+    pub fn note_present(&self) {
+        if self.disk.map.all_present() {
+            self.all_present.notify_one();
+        }
+    }
+
+    pub(crate) fn set_complete(&self) {
+        self.pull_state.send_replace(PullState::Complete);
+    }
+
+    pub(crate) fn with_order<T>(&self, change: impl FnOnce(&mut PullOrder) -> T) -> T {
+        change(&mut self.lock().order)
+    }
+
+    pub(crate) fn wake(&self, lane: LaneKind) -> &Notify {
+        match lane {
+            LaneKind::Demand => &self.demand_wake,
+            LaneKind::Background(index) => &self.background_wake[index % BACKGROUND_CONNECTIONS],
+        }
+    }
+
+    pub(crate) fn wake_background(&self) {
+        self.background_wake.iter().for_each(Notify::notify_one);
+    }
+
+    pub(crate) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub(crate) fn deadline(&self, at: Duration) -> tokio::time::Instant {
+        (self.started + at).into()
+    }
+
+    pub(crate) fn new_carrier(&self) -> Carrier {
+        let mut state = self.lock();
+        state.carriers += 1;
+        Carrier(state.carriers)
+    }
+
+    /// The next flight for a lane.
+    pub(crate) fn next(&self, lane: LaneKind, carrier: Carrier) -> Next {
+        let now = self.now();
+        let mut state = self.lock();
+        let next = match lane {
+            LaneKind::Demand => self.next_demand(&mut state, carrier, now),
+            LaneKind::Background(_) => self.next_background(&mut state, carrier, now),
+        };
+        if let Next::Send(Outgoing { cargo: Cargo::Bytes, class, .. }) = &next {
+            let counter = if *class == Class::Background {
+                &self.counters.background_fetches
+            } else {
+                &self.counters.demand_fetches
+            };
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        next
+    }
+
+    fn next_demand(&self, state: &mut State, carrier: Carrier, now: Duration) -> Next {
+        let flying = state.queue.in_flight(Class::Demand) + state.queue.in_flight(Class::ReadAhead);
+        if flying * self.disk.block_size.bytes() >= DEMAND_WINDOW {
+            return Next::Wait(None);
+        }
+        match state.queue.poll(Class::Demand, carrier, now) {
+            Some(flight) => Next::Send(flight),
+            None => Next::Wait(state.queue.next_timeout()),
+        }
+    }
+
+    fn next_background(&self, state: &mut State, carrier: Carrier, now: Duration) -> Next {
+        if !self.background() {
+            return Next::Wait(None);
+        }
+        let flying = state.queue.in_flight(Class::Background) * self.disk.block_size.bytes();
+        let mut window = state.window.bytes(state.queue.in_flight(Class::Demand) > 0);
+        if let Some((until, _)) = &state.paused {
+            if now < *until {
+                return Next::Wait(Some(*until));
+            }
+            // One request tries whether there is room again.
+            window = 1;
+        }
+        if flying >= window {
+            return Next::Wait(None);
+        }
+        let rate = self.rate.load(Ordering::Acquire);
+        if rate > 0 && now < state.rate_next {
+            return Next::Wait(Some(state.rate_next));
+        }
+        let mut passes = 0;
+        loop {
+            if let Some(flight) = state.queue.poll(Class::Background, carrier, now) {
+                if rate > 0 && flight.cargo == Cargo::Bytes {
+                    let bytes = (flight.range.len() * self.disk.block_size.bytes()) as f64;
+                    state.rate_next = state.rate_next.max(now) + Duration::from_secs_f64(bytes / rate as f64);
+                }
+                return Next::Send(flight);
+            }
+            match state.order.next(MAX_FETCH / self.disk.block_size.bytes(), &self.disk.map) {
+                Some(step) => {
+                    let missing: Vec<BlockRange> = self.disk.map.missing_in(step.range()).collect();
+                    let zero = matches!(step, crate::pull::Step::Zero(_));
+                    state.queue.background(&missing, if zero { Cargo::Zeroes } else { Cargo::Bytes });
+                }
+                // Something failed or was claimed on the way: once more, but not in a circle.
+                None if passes == 0 && state.queue.is_idle() && !self.disk.map.all_present() => {
+                    state.order.rewind();
+                    passes += 1;
+                }
+                None if self.disk.map.all_present() => return Next::Wait(None),
+                None => return Next::Wait(Some(state.queue.next_timeout().unwrap_or(now + RETRY_MIN))),
+            }
+        }
+    }
+
+    /// The bytes of a flight are here (none for zeroes): to the store, into the map, to those who wait.
+    pub(crate) fn land(&self, flight: &Outgoing, bytes: Option<Bytes>, took: Duration) {
+        let parts = self.lock().queue.arrived(flight.id);
+        let size = self.disk.size();
+        let whole = self.disk.block_size.bytes_of(flight.range, size);
+        let slice = |part: ByteRange| {
+            bytes.as_ref().map(|b| b.slice((part.start - whole.start) as usize..(part.end - whole.start) as usize))
+        };
+        let mut result = Ok(());
+        let mut pieces = Vec::with_capacity(parts.len());
+        for part in parts {
+            let range = self.disk.block_size.bytes_of(part, size);
+            let piece = slice(range);
+            if result.is_ok() {
+                result = match &piece {
+                    Some(piece) => self.disk.write(range.start, piece),
+                    None => self.disk.write_zeroes(range, false),
+                };
+                if result.is_ok() {
+                    self.disk.map.set_present(part);
+                    if piece.is_none() {
+                        self.counters.skipped_bytes.fetch_add(range.len(), Ordering::Relaxed);
+                    }
+                }
+            }
+            pieces.extend(piece.map(|piece| (part, piece)));
+        }
+        self.counters.pulled_bytes.fetch_add(bytes.as_ref().map_or(0, |b| b.len() as u64), Ordering::Relaxed);
+        let mut state = self.lock();
+        let landed = state.queue.landed(flight.id);
+        for ticket in &landed.joined {
+            if let Some(waiter) = state.waiters.get_mut(ticket) {
+                pieces.iter().for_each(|(blocks, bytes)| waiter.brought.push(*blocks, bytes.clone()));
+            }
+        }
+        self.finish(&mut state, landed.finished);
+        let now = self.now();
+        if flight.class == Class::Background && flight.cargo == Cargo::Bytes {
+            state.window.answered(now, took, whole.len());
+        }
+        self.note_landing(&mut state, flight, result, now);
+        drop(state);
+        self.note_present();
+        self.wake_background();
+    }
+
+    /// The upstream answered an error: again after a pause.
+    pub(crate) fn refused(&self, id: FlightId) {
+        self.lock().queue.failed(id, self.now());
+    }
+
+    /// A connection is gone: its flights go over the next one.
+    pub(crate) fn lost(&self, carrier: Carrier) {
+        self.lock().queue.lost(carrier);
+        self.demand_wake.notify_one();
+        self.wake_background();
+    }
+
+    fn note_landing(&self, state: &mut State, flight: &Outgoing, result: io::Result<()>, now: Duration) {
+        match result {
+            Err(error) => {
+                if state.paused.is_none() {
+                    tracing::warn!(
+                        "the background pull pauses, the store takes no bytes: {error}; make room, it goes on by itself"
+                    );
+                }
+                state.paused = Some((now + NO_SPACE_PAUSE, error));
+                self.set_pull_state(PullState::PausedNoSpace);
+            }
+            Ok(()) if flight.class == Class::Background && state.paused.take().is_some() => {
+                tracing::info!("the store takes bytes again, the background pull goes on");
+                self.set_pull_state(if self.background() { PullState::Pulling } else { PullState::Off });
+            }
+            Ok(()) => {}
+        }
+    }
+
+    fn set_pull_state(&self, new: PullState) {
+        self.pull_state.send_if_modified(|state| *state != PullState::Complete && std::mem::replace(state, new) != new);
+    }
+
+    fn wait_for(self: &Arc<Self>, state: &mut State, ticket: Ticket) -> Waiting {
+        let (done, receiver) = oneshot::channel();
+        state.waiters.insert(ticket, Waiter { brought: Fetched::default(), done });
+        Waiting { fetcher: self.clone(), ticket, receiver }
+    }
+
+    fn finish(&self, state: &mut State, tickets: Vec<Ticket>) {
+        for ticket in tickets {
+            if let Some(waiter) = state.waiters.remove(&ticket) {
+                // The other side may have gone: then nobody minds.
+                let _ = waiter.done.send(waiter.brought);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Someone waits for a ticket; dropping it cancels the ticket.
+pub struct Waiting {
+    fetcher: Arc<Fetcher>,
+    ticket: Ticket,
+    receiver: oneshot::Receiver<Fetched>,
+}
+
+impl Waiting {
+    /// Ends when there is nothing left to wait for.
+    pub async fn done(&mut self) -> Fetched {
+        (&mut self.receiver).await.unwrap_or_default()
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let mut state = self.fetcher.lock();
+        if state.waiters.remove(&self.ticket).is_some() {
+            state.queue.cancel(self.ticket);
+        }
+    }
+}
+
+/// A claim of blocks for a local write; the write's blocks must be marked present before it is dropped.
+pub struct ClaimGuard {
+    fetcher: Arc<Fetcher>,
+    id: ClaimId,
+}
+
+impl Drop for ClaimGuard {
+    fn drop(&mut self) {
+        let mut state = self.fetcher.lock();
+        let finished = state.queue.release(self.id);
+        self.fetcher.finish(&mut state, finished);
+        drop(state);
+        self.fetcher.note_present();
+    }
+}

@@ -1,0 +1,468 @@
+//! What is being fetched, for whom, and in which order: the pure heart of the demand path.
+//!
+//! A **flight** is one request to the upstream for missing blocks. No block is ever in two flights. A **ticket** is
+//! someone who waits for flights. A **claim** is a local write to missing blocks that is going on: the flights over it
+//! lose those blocks ("write wins"), and whoever wants to read them waits for the claim.
+//!
+//! ```text
+//! request ─> Waiting ──poll──> Sent ──arrived──> Landing ──landed──> gone, tickets finish
+//!               ^                │ failed (after a pause), connection lost (at once)
+//!               └────────────────┘
+//! ```
+//! The caller holds a lock around it and calculates what is missing **under that lock**; present bits are set before
+//! [`FetchQueue::landed`] and [`FetchQueue::release`] are called. Time is an argument: the time since some start.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::time::Duration;
+
+use super::ranges::{intersects, subtract};
+use crate::limits::{RETRY_MAX, RETRY_MIN};
+use crate::units::{BlockIndex, BlockRange};
+
+/// How urgent a fetch is; a later one is more urgent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// The puller wants it.
+    Background,
+    /// A client will probably want it.
+    ReadAhead,
+    /// A client waits for it.
+    Demand,
+}
+
+/// Someone who waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Ticket(u64);
+
+/// One request to the upstream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FlightId(u64);
+
+/// One local write to missing blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ClaimId(u64);
+
+/// The connection that a flight was sent over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Carrier(pub u64);
+
+/// Where a flight's bytes come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cargo {
+    /// From the upstream.
+    Bytes,
+    /// They are known to be zeroes: nothing is sent.
+    Zeroes,
+}
+
+/// A flight that is to be executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outgoing {
+    /// Its name, for the answer.
+    pub id: FlightId,
+    /// The blocks.
+    pub range: BlockRange,
+    /// How.
+    pub cargo: Cargo,
+    /// How urgent.
+    pub class: Class,
+}
+
+/// What came of a claim.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Claimed {
+    /// The blocks are the writer's until [`FetchQueue::release`]. Some tickets may have nothing left to wait for.
+    Granted(ClaimId, Vec<Ticket>),
+    /// A flight is being written to the store right now: wait for the ticket, then look at the map again.
+    Wait(Ticket),
+}
+
+/// Whom a landing serves.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Landed {
+    /// All who waited for the flight: its bytes are for them.
+    pub joined: Vec<Ticket>,
+    /// Those of them who have nothing left to wait for.
+    pub finished: Vec<Ticket>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Waiting { not_before: Duration },
+    Sent(Carrier),
+    Landing,
+}
+
+#[derive(Debug)]
+struct Flight {
+    range: BlockRange,
+    class: Class,
+    cargo: Cargo,
+    state: State,
+    /// Blocks that a local write took away.
+    lost: Vec<BlockRange>,
+    tickets: Vec<Ticket>,
+    attempts: u32,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    /// What it asked for.
+    range: BlockRange,
+    /// How many flights and claims it still waits for.
+    open: usize,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct FetchQueue {
+    max_flight: u64,
+    flights: HashMap<FlightId, Flight>,
+    by_start: BTreeMap<u64, FlightId>,
+    ready: [VecDeque<FlightId>; 3],
+    pausing: BTreeSet<(Duration, FlightId)>,
+    claims: Vec<(ClaimId, BlockRange, Vec<Ticket>)>,
+    tickets: HashMap<Ticket, Waiter>,
+    in_flight: [u64; 3],
+    next_id: u64,
+}
+
+impl FetchQueue {
+    /// An empty queue whose flights have at most `max_flight` blocks (at least 1).
+    pub fn new(max_flight: u64) -> Self {
+        Self {
+            max_flight: max_flight.max(1),
+            flights: HashMap::new(),
+            by_start: BTreeMap::new(),
+            ready: Default::default(),
+            pausing: BTreeSet::new(),
+            claims: Vec::new(),
+            tickets: HashMap::new(),
+            in_flight: [0; 3],
+            next_id: 0,
+        }
+    }
+
+    /// Someone waits for missing blocks, given as runs in order. Blocks in flight are joined (and made as urgent as
+    /// this request where they have not been sent), claimed ones are waited for, all others make new flights. `None`
+    /// when nothing is missing.
+    pub fn request(&mut self, missing: &[BlockRange], class: Class) -> Option<Ticket> {
+        let (first, last) = (missing.first()?, missing.last()?);
+        let ticket = self.new_ticket(BlockRange::new(first.start, last.end));
+        self.plan(missing, class, Cargo::Bytes, Some(ticket));
+        Some(ticket)
+    }
+
+    /// Makes background flights for the missing blocks that nobody has asked for yet; answers how many flights.
+    pub fn background(&mut self, missing: &[BlockRange], cargo: Cargo) -> usize {
+        self.plan(missing, Class::Background, cargo, None)
+    }
+
+    /// The next flight to send at `least` this urgent (for [`Class::Background`]: only background), if there is one.
+    pub fn poll(&mut self, lane: Class, carrier: Carrier, now: Duration) -> Option<Outgoing> {
+        self.wake(now);
+        let classes: &[Class] =
+            if lane == Class::Background { &[Class::Background] } else { &[Class::Demand, Class::ReadAhead] };
+        for class in classes {
+            while let Some(id) = self.ready[*class as usize].pop_front() {
+                // An entry may be out of date: the flight was cut, claimed or promoted meanwhile.
+                let Some(flight) = self.flights.get_mut(&id) else { continue };
+                if flight.class != *class || !matches!(flight.state, State::Waiting { .. }) {
+                    continue;
+                }
+                flight.state = State::Sent(carrier);
+                self.in_flight[*class as usize] += flight.range.len();
+                return Some(Outgoing { id, range: flight.range, cargo: flight.cargo, class: *class });
+            }
+        }
+        None
+    }
+
+    /// When [`FetchQueue::poll`] may have something new although nothing else happens.
+    pub fn next_timeout(&self) -> Option<Duration> {
+        self.pausing.first().map(|(at, _)| *at)
+    }
+
+    /// The bytes of a flight are here. Answers the blocks that may be written to the store and then marked present;
+    /// until [`FetchQueue::landed`] nobody can claim them. Empty for a flight that is not known (any more).
+    pub fn arrived(&mut self, id: FlightId) -> Vec<BlockRange> {
+        let Some(flight) = self.flights.get_mut(&id) else { return Vec::new() };
+        if let State::Sent(_) = flight.state {
+            self.in_flight[flight.class as usize] -= flight.range.len();
+        }
+        flight.state = State::Landing;
+        subtract(flight.range, &flight.lost)
+    }
+
+    /// The landing is over, well or not: the flight is gone.
+    pub fn landed(&mut self, id: FlightId) -> Landed {
+        let Some(flight) = self.remove(id) else { return Landed::default() };
+        let joined: Vec<Ticket> = flight.tickets.into_iter().filter(|t| self.tickets.contains_key(t)).collect();
+        let finished = joined.iter().copied().filter(|ticket| self.settle(*ticket)).collect();
+        Landed { joined, finished }
+    }
+
+    /// The upstream could not answer: the flight is tried again after a pause that doubles.
+    pub fn failed(&mut self, id: FlightId, now: Duration) {
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        let State::Sent(_) = flight.state else { return };
+        self.in_flight[flight.class as usize] -= flight.range.len();
+        let pause = RETRY_MIN.saturating_mul(1 << flight.attempts.min(16)).min(RETRY_MAX);
+        flight.attempts += 1;
+        flight.state = State::Waiting { not_before: now + pause };
+        self.pausing.insert((now + pause, id));
+    }
+
+    /// A connection is gone: what it carried is sent again, before anything else of its class.
+    pub fn lost(&mut self, carrier: Carrier) {
+        let mut ids: Vec<(BlockIndex, FlightId)> = Vec::new();
+        for (id, flight) in &mut self.flights {
+            if flight.state == State::Sent(carrier) {
+                flight.state = State::Waiting { not_before: Duration::ZERO };
+                self.in_flight[flight.class as usize] -= flight.range.len();
+                ids.push((flight.range.start, *id));
+            }
+        }
+        ids.sort_by(|a, b| b.cmp(a));
+        for (_, id) in ids {
+            let class = self.flights[&id].class;
+            self.ready[class as usize].push_front(id);
+        }
+    }
+
+    /// A local write is about to change blocks of which some are missing.
+    pub fn claim(&mut self, range: BlockRange) -> Claimed {
+        let over = self.overlapping(range);
+        let landing: Vec<FlightId> =
+            over.iter().copied().filter(|id| self.flights[id].state == State::Landing).collect();
+        if !landing.is_empty() {
+            let ticket = self.new_ticket(range);
+            for id in landing {
+                self.attach(id, ticket);
+            }
+            return Claimed::Wait(ticket);
+        }
+        let mut finished = Vec::new();
+        for id in over {
+            let Some(flight) = self.flights.get_mut(&id) else { continue };
+            flight.lost.extend(flight.range.intersect(range));
+            let waiting = matches!(flight.state, State::Waiting { .. });
+            if waiting && subtract(flight.range, &flight.lost).is_empty() {
+                finished.extend(self.landed(id).finished);
+            }
+        }
+        let id = ClaimId(self.id());
+        self.claims.push((id, range, Vec::new()));
+        Claimed::Granted(id, finished)
+    }
+
+    /// The write of a claim is over. If it wrote, the blocks were marked present before this; if not, whoever waited
+    /// asks again. Answers who has nothing left to wait for.
+    pub fn release(&mut self, id: ClaimId) -> Vec<Ticket> {
+        let Some(at) = self.claims.iter().position(|(claim, ..)| *claim == id) else { return Vec::new() };
+        let (_, _, tickets) = self.claims.swap_remove(at);
+        tickets.into_iter().filter(|ticket| self.settle(*ticket)).collect()
+    }
+
+    /// Nobody waits for a ticket any more. Flights that were not sent and that nobody else waits for are dropped.
+    pub fn cancel(&mut self, ticket: Ticket) {
+        let Some(waiter) = self.tickets.remove(&ticket) else { return };
+        for id in self.overlapping(waiter.range) {
+            let Some(flight) = self.flights.get_mut(&id) else { continue };
+            flight.tickets.retain(|joined| *joined != ticket);
+            let idle = flight.tickets.is_empty() && flight.class != Class::Background;
+            if idle && matches!(flight.state, State::Waiting { .. }) {
+                self.remove(id);
+            }
+        }
+    }
+
+    /// Blocks in flight of a class: sent, and neither arrived nor failed.
+    pub fn in_flight(&self, class: Class) -> u64 {
+        self.in_flight[class as usize]
+    }
+
+    /// Nothing waits, flies or lands.
+    pub fn is_idle(&self) -> bool {
+        self.flights.is_empty()
+    }
+
+    /// How many wait for something.
+    pub fn waiting(&self) -> usize {
+        self.tickets.len()
+    }
+
+    fn plan(&mut self, missing: &[BlockRange], class: Class, cargo: Cargo, ticket: Option<Ticket>) -> usize {
+        let mut made = 0;
+        for run in missing {
+            let claimed: Vec<BlockRange> = self.claims.iter().map(|(_, range, _)| *range).collect();
+            if let Some(ticket) = ticket {
+                self.wait_for_claims(*run, ticket);
+            }
+            for free in subtract(*run, &claimed) {
+                let over = self.overlapping(free);
+                let flying: Vec<BlockRange> = over.iter().map(|id| self.flights[id].range).collect();
+                if let Some(ticket) = ticket {
+                    for id in over {
+                        self.join(id, free, class, ticket);
+                    }
+                }
+                for gap in subtract(free, &flying) {
+                    made += self.launch(gap, class, cargo, ticket);
+                }
+            }
+        }
+        made
+    }
+
+    fn wait_for_claims(&mut self, run: BlockRange, ticket: Ticket) {
+        for (_, range, tickets) in &mut self.claims {
+            if intersects(*range, run) && !tickets.contains(&ticket) {
+                tickets.push(ticket);
+                if let Some(waiter) = self.tickets.get_mut(&ticket) {
+                    waiter.open += 1;
+                }
+            }
+        }
+    }
+
+    fn launch(&mut self, gap: BlockRange, class: Class, cargo: Cargo, ticket: Option<Ticket>) -> usize {
+        let longest = if cargo == Cargo::Zeroes { u64::MAX } else { self.max_flight };
+        let (mut at, mut made) = (gap.start.0, 0);
+        while at < gap.end.0 {
+            let end = gap.end.0.min(at.saturating_add(longest));
+            let range = BlockRange::new(BlockIndex(at), BlockIndex(end));
+            let id = self.insert(Flight {
+                range,
+                class,
+                cargo,
+                state: State::Waiting { not_before: Duration::ZERO },
+                lost: Vec::new(),
+                tickets: Vec::new(),
+                attempts: 0,
+            });
+            if let Some(ticket) = ticket {
+                self.attach(id, ticket);
+            }
+            (at, made) = (end, made + 1);
+        }
+        made
+    }
+
+    /// Joins a flight; one that was not sent and is less urgent is cut, and the part that is wanted is promoted.
+    fn join(&mut self, id: FlightId, wanted: BlockRange, class: Class, ticket: Ticket) {
+        let Some(flight) = self.flights.get(&id) else { return };
+        let promote = flight.class < class && matches!(flight.state, State::Waiting { .. });
+        let Some(inner) = flight.range.intersect(wanted).filter(|_| promote && flight.cargo == Cargo::Bytes) else {
+            self.attach(id, ticket);
+            return;
+        };
+        let Some(whole) = self.remove(id) else { return };
+        let mut parts = vec![(inner, class)];
+        parts.extend(subtract(whole.range, &[inner]).into_iter().map(|part| (part, whole.class)));
+        for (range, class) in parts {
+            // What is wanted is missing and nobody's claim: if it was lost, then to a write that failed.
+            let kept = whole.lost.iter().filter_map(|lost| lost.intersect(range));
+            let lost = if range == inner { Vec::new() } else { kept.collect() };
+            let part = self.insert(Flight {
+                range,
+                class,
+                cargo: whole.cargo,
+                state: State::Waiting { not_before: Duration::ZERO },
+                lost,
+                tickets: Vec::new(),
+                attempts: whole.attempts,
+            });
+            for joined in &whole.tickets {
+                if self.tickets.get(joined).is_some_and(|waiter| intersects(waiter.range, range)) {
+                    self.attach(part, *joined);
+                }
+            }
+            if range == inner {
+                self.attach(part, ticket);
+            }
+        }
+        for joined in whole.tickets {
+            // The parts were attached before: nobody can finish here who still waits for one.
+            if let Some(waiter) = self.tickets.get_mut(&joined) {
+                waiter.open -= 1;
+            }
+        }
+    }
+
+    fn attach(&mut self, id: FlightId, ticket: Ticket) {
+        let (Some(flight), Some(waiter)) = (self.flights.get_mut(&id), self.tickets.get_mut(&ticket)) else { return };
+        if !flight.tickets.contains(&ticket) {
+            flight.tickets.push(ticket);
+            waiter.open += 1;
+        }
+    }
+
+    /// One thing less to wait for; true when it was the last.
+    fn settle(&mut self, ticket: Ticket) -> bool {
+        let Some(waiter) = self.tickets.get_mut(&ticket) else { return false };
+        waiter.open -= 1;
+        let finished = waiter.open == 0;
+        if finished {
+            self.tickets.remove(&ticket);
+        }
+        finished
+    }
+
+    fn wake(&mut self, now: Duration) {
+        while let Some((at, id)) = self.pausing.first().copied().filter(|(at, _)| *at <= now) {
+            self.pausing.remove(&(at, id));
+            if let Some(flight) = self.flights.get_mut(&id) {
+                flight.state = State::Waiting { not_before: Duration::ZERO };
+                self.ready[flight.class as usize].push_back(id);
+            }
+        }
+    }
+
+    fn overlapping(&self, range: BlockRange) -> Vec<FlightId> {
+        let before = self.by_start.range(..range.start.0).next_back();
+        let inside = self.by_start.range(range.start.0..range.end.0.max(range.start.0));
+        before
+            .into_iter()
+            .chain(inside)
+            .map(|(_, id)| *id)
+            .filter(|id| intersects(self.flights[id].range, range))
+            .collect()
+    }
+
+    fn insert(&mut self, flight: Flight) -> FlightId {
+        let id = FlightId(self.id());
+        self.by_start.insert(flight.range.start.0, id);
+        self.ready[flight.class as usize].push_back(id);
+        self.flights.insert(id, flight);
+        id
+    }
+
+    fn remove(&mut self, id: FlightId) -> Option<Flight> {
+        let flight = self.flights.remove(&id)?;
+        self.by_start.remove(&flight.range.start.0);
+        match flight.state {
+            State::Waiting { not_before } => {
+                self.pausing.remove(&(not_before, id));
+            }
+            State::Sent(_) => self.in_flight[flight.class as usize] -= flight.range.len(),
+            State::Landing => {}
+        }
+        Some(flight)
+    }
+
+    fn new_ticket(&mut self, range: BlockRange) -> Ticket {
+        let ticket = Ticket(self.id());
+        self.tickets.insert(ticket, Waiter { range, open: 0 });
+        ticket
+    }
+
+    fn id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+}
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

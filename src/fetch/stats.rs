@@ -1,0 +1,126 @@
+//! Counters for people: what was pulled, and what readers of missing blocks had to wait.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Buckets of the histogram: 8 for each doubling of microseconds.
+const STEPS: u32 = 8;
+const BUCKETS: usize = 40 * STEPS as usize;
+
+/// What came from the upstream. All figures only grow.
+#[derive(Debug, Default)]
+pub struct PullCounters {
+    /// Bytes that arrived from the upstream, demand and background.
+    pub pulled_bytes: AtomicU64,
+    /// Bytes that needed not be sent: known zeroes, and blocks written here before they were fetched are not counted.
+    pub skipped_bytes: AtomicU64,
+    /// Requests sent because a client waited.
+    pub demand_fetches: AtomicU64,
+    /// Requests sent in the background.
+    pub background_fetches: AtomicU64,
+}
+
+/// How long requests waited for missing blocks: a histogram without a lock, exact to an eighth.
+pub struct FaultStats {
+    buckets: [AtomicU64; BUCKETS],
+    count: AtomicU64,
+    max_us: AtomicU64,
+    total_us: AtomicU64,
+}
+
+impl Default for FaultStats {
+    fn default() -> Self {
+        Self {
+            buckets: [const { AtomicU64::new(0) }; BUCKETS],
+            count: AtomicU64::new(0),
+            max_us: AtomicU64::new(0),
+            total_us: AtomicU64::new(0),
+        }
+    }
+}
+
+/// The faults so far, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaultSummary {
+    /// Requests that had to wait for a missing block.
+    pub count: u64,
+    /// Half of them waited less.
+    pub p50_us: u64,
+    /// 99 of 100 waited less.
+    pub p99_us: u64,
+    /// The longest wait.
+    pub max_us: u64,
+}
+
+impl FaultStats {
+    /// One request waited this long.
+    pub fn record(&self, waited: Duration) {
+        let us = waited.as_micros().min(u128::from(u64::MAX)) as u64;
+        self.buckets[bucket(us)].fetch_add(1, Ordering::Relaxed);
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.max_us.fetch_max(us, Ordering::Relaxed);
+        self.total_us.fetch_add(us, Ordering::Relaxed);
+    }
+
+    /// All waits together, in microseconds.
+    pub fn total_us(&self) -> u64 {
+        self.total_us.load(Ordering::Relaxed)
+    }
+
+    /// The figures for people.
+    pub fn summary(&self) -> FaultSummary {
+        let counts: Vec<u64> = self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect();
+        let all: u64 = counts.iter().sum();
+        let max_us = self.max_us.load(Ordering::Relaxed);
+        let at = |percent: u64| {
+            let (wanted, mut seen) = ((all * percent).div_ceil(100), 0);
+            let found = counts.iter().position(|count| {
+                seen += count;
+                seen >= wanted
+            });
+            if all == 0 { 0 } else { found.map_or(max_us, upper_end).min(max_us) }
+        };
+        FaultSummary { count: self.count.load(Ordering::Relaxed), p50_us: at(50), p99_us: at(99), max_us }
+    }
+}
+
+fn bucket(us: u64) -> usize {
+    if us < u64::from(STEPS) {
+        return us as usize;
+    }
+    let exponent = us.ilog2();
+    let step = (us >> (exponent - 3)) & 7;
+    (((exponent - 2) * STEPS) as usize + step as usize).min(BUCKETS - 1)
+}
+
+fn upper_end(bucket: usize) -> u64 {
+    if bucket < STEPS as usize {
+        return bucket as u64;
+    }
+    let (exponent, step) = (bucket as u32 / STEPS + 2, bucket as u64 % u64::from(STEPS));
+    ((u64::from(STEPS) + step + 1) << (exponent - 3)) - 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_value_lies_in_its_bucket() {
+        for us in (0..5000).chain([1 << 20, (1 << 30) + 12345]) {
+            let found = bucket(us);
+            assert!(us <= upper_end(found) && (found == 0 || us > upper_end(found - 1)), "{us} in {found}");
+        }
+    }
+
+    #[test]
+    fn percentiles_are_exact_to_an_eighth() {
+        let stats = FaultStats::default();
+        (1..=1000).for_each(|us| stats.record(Duration::from_micros(us)));
+        let found = stats.summary();
+        assert_eq!((found.count, found.max_us, stats.total_us()), (1000, 1000, 500_500));
+        assert!((500..=563).contains(&found.p50_us) && (990..=1000).contains(&found.p99_us), "{found:?}");
+    }
+}

@@ -1,0 +1,81 @@
+//! Every bound of the data plane in one place: memory, queue lengths, bytes in flight, request sizes, times.
+
+use std::time::Duration;
+
+/// The largest single request to an upstream, demand or background, in bytes.
+pub const MAX_FETCH: u64 = 1 << 20;
+
+/// The longest range of known zeroes that one background step marks present, in bytes.
+pub const MAX_ZERO_STEP: u64 = 256 << 20;
+
+/// Bytes of background pull in flight over all connections when nothing is known of the link yet.
+pub const BACKGROUND_WINDOW_START: u64 = 4 << 20;
+
+/// The background window never shrinks below this many bytes (one request must fit).
+pub const BACKGROUND_WINDOW_MIN: u64 = 1 << 20;
+
+/// The background window never grows above this many bytes.
+pub const BACKGROUND_WINDOW_MAX: u64 = 32 << 20;
+
+/// A background request may take this much longer than the fastest one seen before the window shrinks: the queue that
+/// the pull builds up on the link is what a demand fetch waits behind.
+pub const BACKGROUND_QUEUE_DELAY: Duration = Duration::from_millis(100);
+
+/// Bytes of demand fetches in flight.
+pub const DEMAND_WINDOW: u64 = 64 << 20;
+
+/// Connections to the upstream for the background pull (demand has one of its own).
+pub const BACKGROUND_CONNECTIONS: usize = 2;
+
+/// The first pause before a failed flight or a lost connection is tried again; it doubles up to [`RETRY_MAX`].
+pub const RETRY_MIN: Duration = Duration::from_millis(50);
+
+/// The longest pause between two tries.
+pub const RETRY_MAX: Duration = Duration::from_secs(2);
+
+/// How long dialling and negotiating with an upstream may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a second connection may take before the background pull shares the demand connection: some servers
+/// (`qemu-nbd` without `--shared`) leave it waiting for as long as the first one lives.
+pub const EXTRA_CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A connection with requests in flight and no reply for this long counts as lost.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long the background pull waits for the upstream's maps before it starts without them.
+pub const MAPS_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long the background pull pauses when the store takes no more bytes, before it tries again.
+pub const NO_SPACE_PAUSE: Duration = Duration::from_secs(1);
+
+/// How often the map is persisted while blocks arrive and nobody flushes.
+pub const PERSIST_EVERY: Duration = Duration::from_secs(10);
+
+/// The length of one BLOCK_STATUS request when the upstream's maps are read, in bytes.
+pub const STATUS_SPAN: u64 = 1 << 30;
+
+/// Zero extents of the upstream that are remembered; those beyond are pulled like data.
+pub const MAX_ZERO_EXTENTS: usize = 1 << 20;
+
+/// Data extents of the local store that are remembered for `base:allocation`; a more fragmented store is described
+/// coarsely (small holes count as data).
+pub const MAX_STORE_EXTENTS: usize = 1 << 18;
+
+/// The size of a region of the write tracker and of the pull order, in bytes.
+pub const REGION: u64 = 1 << 20;
+
+/// A hint of a demand fetch is followed for this many bytes behind it; then the order goes on as it was.
+pub const HINT_SPAN: u64 = 8 << 20;
+
+/// Hints that are remembered; older ones are forgotten first.
+pub const MAX_HINTS: usize = 64;
+
+/// Trims and zeroings longer than this are done off the connection's task.
+pub const INLINE_ZERO_MAX: u64 = 32 << 20;
+
+/// The largest disk, in bytes (64 TiB: its map takes 4 GiB).
+pub const MAX_DISK: u64 = 64 << 40;
+
+/// Units in which the holes of a store are remembered; larger disks get larger units.
+pub const HOLE_GRANULES_MAX: u64 = 1 << 26;

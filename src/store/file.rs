@@ -1,0 +1,179 @@
+//! A store in a (sparse) file or on a block device.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+
+use super::{Durable, Store};
+use crate::units::ByteRange;
+
+/// What plain zeroing writes at a time where the file system has no call for it.
+static ZEROES: [u8; 256 * 1024] = [0; 256 * 1024];
+
+/// See the module's documentation.
+pub struct FileStore {
+    file: File,
+    size: u64,
+    sync_failed: AtomicBool,
+}
+
+impl FileStore {
+    /// Opens an image or a block device with the size that it has.
+    pub fn open(path: &Path, read_only: bool) -> io::Result<Self> {
+        let mut file = OpenOptions::new().read(true).write(!read_only).open(path)?;
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is neither a file nor a block device"));
+        }
+        let size = file.seek(SeekFrom::End(0))?;
+        Ok(Self { file, size, sync_failed: AtomicBool::new(false) })
+    }
+
+    /// Opens the store of a lazily filled export: a file is made, or lengthened, to exactly `size`; a block device must
+    /// have at least `size`.
+    pub fn open_or_create(path: &Path, size: u64) -> io::Result<Self> {
+        let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+        if file.metadata()?.file_type().is_block_device() {
+            let found = file.seek(SeekFrom::End(0))?;
+            if found < size {
+                let why = format!("the device has {found} bytes, the disk {size}");
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+            }
+        } else {
+            file.set_len(size)?;
+        }
+        Ok(Self { file, size, sync_failed: AtomicBool::new(false) })
+    }
+
+    fn fallocate(&self, range: ByteRange, flags: FallocateFlags) -> Result<(), Errno> {
+        let length = range.len() as nix::libc::off_t;
+        loop {
+            match fallocate(&self.file, flags, range.start as nix::libc::off_t, length) {
+                Err(Errno::EINTR) => {}
+                result => return result,
+            }
+        }
+    }
+
+    fn zero_by_writing(&self, range: ByteRange) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let length = (range.end - at).min(ZEROES.len() as u64);
+            self.file.write_all_at(&ZEROES[..length as usize], at)?;
+            at += length;
+        }
+        Ok(())
+    }
+}
+
+impl Store for FileStore {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(data, offset)
+    }
+
+    fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let flags = if no_hole {
+            FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE
+        } else {
+            FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
+        };
+        match self.fallocate(range, flags) {
+            Ok(()) => Ok(()),
+            // Not every file system can, and a device wants whole sectors.
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => self.zero_by_writing(range),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    fn discard(&self, range: ByteRange) -> io::Result<()> {
+        self.write_zeroes(range, false)
+    }
+
+    fn sync(&self) -> io::Result<Durable> {
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(io::Error::other("an earlier sync of this store failed, its bytes may be lost"));
+        }
+        match self.file.sync_data() {
+            Ok(()) => Ok(Durable(())),
+            Err(error) => {
+                self.sync_failed.store(true, Ordering::Release);
+                Err(error)
+            }
+        }
+    }
+
+    fn data_ranges(&self, from: u64, max: usize) -> io::Result<Option<Vec<ByteRange>>> {
+        let mut ranges = Vec::new();
+        let mut at = from;
+        while at < self.size && ranges.len() < max {
+            let start = match lseek(&self.file, at as i64, Whence::SeekData) {
+                Ok(start) => start as u64,
+                Err(Errno::ENXIO) => break,
+                Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(None),
+                Err(errno) => return Err(errno.into()),
+            };
+            let end = lseek(&self.file, start as i64, Whence::SeekHole)? as u64;
+            if start >= self.size || end <= start {
+                break;
+            }
+            at = end;
+            ranges.push(ByteRange::new(start, end.min(self.size)));
+        }
+        Ok(Some(ranges))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zeroing_and_discarding_at_odd_offsets_change_just_that_range() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FileStore::open_or_create(&dir.path().join("disk"), 300_001).unwrap();
+        let mut model = vec![7u8; 300_001];
+        store.write_at(0, &model).unwrap();
+        store.write_zeroes(ByteRange::new(5, 9000), true).unwrap();
+        store.write_zeroes(ByteRange::new(12_287, 20_481), false).unwrap();
+        store.discard(ByteRange::new(200_000, 300_001)).unwrap();
+        for range in [5..9000, 12_287..20_481, 200_000..300_001] {
+            model[range].fill(0);
+        }
+        let mut bytes = vec![1; 300_001];
+        store.read_at(0, &mut bytes).unwrap();
+        assert!(bytes == model);
+    }
+
+    #[test]
+    fn holes_lie_between_the_data_ranges() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FileStore::open_or_create(&dir.path().join("disk"), 1 << 20).unwrap();
+        store.write_at(512 << 10, &[1; 4096]).unwrap();
+        let ranges = store.data_ranges(0, 10).unwrap().unwrap();
+        assert!(ranges.iter().any(|r| r.start <= 512 << 10 && r.end >= (512 << 10) + 4096), "{ranges:?}");
+        assert!(ranges.iter().map(|r| r.len()).sum::<u64>() < 1 << 19, "{ranges:?}");
+    }
+
+    #[test]
+    fn a_directory_is_no_store() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(FileStore::open(dir.path(), true).is_err());
+    }
+}

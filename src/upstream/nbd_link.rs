@@ -1,0 +1,164 @@
+//! Connections by the NBD client.
+
+use std::error::Error;
+use std::fmt::Write;
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use nbd::address::Address;
+use nbd::client::{Client, ClientError, ConnectOptions};
+use nbd::export::Extent;
+use nbd::uri::NbdUri;
+use tokio::net::{TcpStream, UnixStream};
+
+use super::{Connect, Connection, Dialer, ReadError, Stream, UpstreamError};
+use crate::limits::CONNECT_TIMEOUT;
+use crate::pull::CONTEXTS;
+
+/// Dials the server of an NBD URI.
+pub struct UriDialer {
+    uri: NbdUri,
+}
+
+impl UriDialer {
+    /// The dialer and the export's name.
+    pub fn new(uri: &str) -> Result<(UriDialer, String), UpstreamError> {
+        let bad = |reason: String| UpstreamError::Uri { uri: uri.to_owned(), reason };
+        let parsed: NbdUri = uri.parse().map_err(|error| bad(reason(&error)))?;
+        if parsed.tls {
+            return Err(bad(ClientError::Tls.to_string()));
+        }
+        let export = parsed.export.clone();
+        Ok((UriDialer { uri: parsed }, export))
+    }
+}
+
+impl Dialer for UriDialer {
+    fn dial(&self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
+        Box::pin(async {
+            Ok(match &self.uri.address {
+                Address::Unix(path) => {
+                    let stream = UnixStream::connect(path).await?;
+                    nbd::socket::tune_unix(&stream);
+                    Box::new(stream) as Box<dyn Stream>
+                }
+                Address::Tcp { host, port } => {
+                    let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                    nbd::socket::tune_tcp(&stream);
+                    Box::new(stream)
+                }
+            })
+        })
+    }
+
+    fn describe(&self) -> String {
+        self.uri.to_string()
+    }
+}
+
+/// NBD over the streams of a dialer.
+pub struct NbdConnect {
+    dialer: Arc<dyn Dialer>,
+    export: String,
+}
+
+impl NbdConnect {
+    /// For one export.
+    pub fn new(dialer: Arc<dyn Dialer>, export: String) -> NbdConnect {
+        NbdConnect { dialer, export }
+    }
+}
+
+impl Connect for NbdConnect {
+    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
+        Box::pin(async {
+            let dialled = self.dialer.dial().await;
+            let stream = dialled.map_err(|source| UpstreamError::Dial { target: self.describe(), source })?;
+            let options = ConnectOptions {
+                contexts: CONTEXTS.iter().map(|name| (*name).to_owned()).collect(),
+                time: CONNECT_TIMEOUT,
+                ..ConnectOptions::default()
+            };
+            match Client::handshake(stream, &self.export, &options).await {
+                Ok(client) => Ok(Arc::new(NbdConnection { client }) as Arc<dyn Connection>),
+                Err(error) => Err(UpstreamError::Handshake { target: self.describe(), reason: reason(&error) }),
+            }
+        })
+    }
+
+    fn describe(&self) -> String {
+        self.dialer.describe()
+    }
+}
+
+struct NbdConnection {
+    client: Client,
+}
+
+impl Connection for NbdConnection {
+    fn size(&self) -> u64 {
+        self.client.info().size
+    }
+
+    fn has_context(&self, name: &str) -> bool {
+        self.client.info().contexts.iter().any(|context| context.name == name)
+    }
+
+    fn read(&self, offset: u64, length: u32) -> BoxFuture<'static, Result<Bytes, ReadError>> {
+        let client = self.client.clone();
+        Box::pin(async move { client.read(offset, length as usize).await.map_err(read_error) })
+    }
+
+    fn block_status(
+        &self,
+        context: &str,
+        offset: u64,
+        length: u32,
+    ) -> BoxFuture<'static, Result<Vec<Extent>, ReadError>> {
+        let (client, context) = (self.client.clone(), context.to_owned());
+        Box::pin(async move { client.block_status(&context, offset, length.into()).await.map_err(read_error) })
+    }
+
+    fn closed(&self) -> BoxFuture<'static, String> {
+        let client = self.client.clone();
+        Box::pin(async move { reason(&client.closed().await) })
+    }
+
+    fn close(&self) {
+        let client = self.client.clone();
+        tokio::spawn(async move { client.close().await });
+    }
+}
+
+fn read_error(error: ClientError) -> ReadError {
+    if error.is_closed() { ReadError::Lost(reason(&error)) } else { ReadError::Refused(reason(&error)) }
+}
+
+/// An error with its sources in one line.
+fn reason(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        // Writing to a String does not fail.
+        let _ = write!(text, ": {error}");
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uri_that_cannot_be_used_says_why() {
+        for (uri, why) in [("disk", "scheme"), ("nbds://host/x", "TLS"), ("nbd+unix:///x", "socket")] {
+            let error = UriDialer::new(uri).map(drop).unwrap_err();
+            assert!(error.is_fatal() && error.to_string().contains(why), "{error}");
+        }
+        let (dialer, export) = UriDialer::new("nbd://host:77/a%20b").unwrap();
+        assert_eq!((dialer.describe().as_str(), export.as_str()), ("nbd://host:77/a%20b", "a b"));
+    }
+}
