@@ -10,8 +10,7 @@ use nbd::address::Address;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::usage;
-use crate::container::Runtime;
-use crate::container::runc::Runc;
+use crate::container::{Runc, Runtime};
 use crate::control::api::PullAsk;
 use crate::error::{Failure, Outcome};
 use crate::migration::driver::Runtimes;

@@ -12,12 +12,7 @@ use crate::node::DiskName;
 /// How often `--watch` looks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
-pub(super) async fn run(
-    client: &ControlClient,
-    answer: &Answer,
-    name: Option<DiskName>,
-    watch: bool,
-) -> Outcome<()> {
+pub(super) async fn run(client: &ControlClient, answer: &Answer, name: Option<DiskName>, watch: bool) -> Outcome<()> {
     loop {
         match &name {
             Some(name) => {

@@ -53,6 +53,12 @@ impl Cgroup {
         Ok(mount_point()?.join(self.path.trim_start_matches('/')))
     }
 
+    /// Asks the kernel to freeze or thaw its tasks, and does not wait: tasks in uninterruptible I/O follow when that ends.
+    pub fn set_frozen(&self, frozen: bool) -> Result<(), Error> {
+        let file = self.dir()?.join("cgroup.freeze");
+        std::fs::write(&file, if frozen { "1" } else { "0" }).map_err(Error::io("write", &file))
+    }
+
     /// Whether every task in it has stopped in the freezer (`frozen 1` in `cgroup.events`).
     pub fn is_frozen(&self) -> Result<bool, Error> {
         self.event("frozen")

@@ -1,6 +1,6 @@
 //! The node's side of the control socket.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use futures::StreamExt;
+use nbd::server::listener::UnixPath;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -21,7 +22,7 @@ use super::api::{
 };
 use super::metrics;
 use super::status::{DiskStatus, NodeStatus};
-use crate::error::{Failure, Kind, Outcome};
+use crate::error::{Failure, Kind, Outcome, chain};
 use crate::node::{DiskName, Node};
 
 /// The largest question.
@@ -45,32 +46,22 @@ impl IntoResponse for Failure {
 /// A control socket that is listened on; the file goes when this is dropped.
 pub struct ControlSocket {
     listener: tokio::net::UnixListener,
-    path: PathBuf,
+    path: UnixPath,
 }
 
 impl ControlSocket {
     /// Binds the socket, for its owner only. A stale file is replaced when nobody listens on it.
-    pub fn bind(path: &Path) -> Outcome<Self> {
+    pub async fn bind(path: &Path) -> Outcome<Self> {
         let failed = |what: &str, error: std::io::Error| {
             Failure::failed(format!("cannot {what} the control socket {}: {error}", path.display()))
         };
         if let Some(directory) = path.parent() {
             std::fs::create_dir_all(directory).map_err(|error| failed("make the directory of", error))?;
         }
-        match std::os::unix::net::UnixStream::connect(path) {
-            Ok(_) => {
-                return Err(Failure::refused(format!(
-                    "another node answers on {}; stop it, or give this one another --control",
-                    path.display()
-                )));
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(|error| failed("replace", error))?;
-            }
-            Err(_) => {}
-        }
-        let listener = nbd::server::bind_unix(path).map_err(|error| failed("listen on", error))?;
-        Ok(Self { listener, path: path.into() })
+        let (listener, path) = nbd::server::listener::bind_owned_unix(path)
+            .await
+            .map_err(|error| Failure::refused(format!("cannot open the control socket: {}", chain(&error))))?;
+        Ok(Self { listener, path })
     }
 
     /// Serves until `stop`.
@@ -100,8 +91,8 @@ impl ControlSocket {
             // A command that waits for a migration must not keep the node from stopping.
             () = async { stop.cancelled().await; tokio::time::sleep(Duration::from_millis(500)).await } => Ok(()),
         };
-        let _ = std::fs::remove_file(&path);
-        result.map_err(|error| Failure::failed(format!("the control socket {} failed: {error}", path.display())))
+        drop(path);
+        result.map_err(|error| Failure::failed(format!("the control socket failed: {error}")))
     }
 }
 

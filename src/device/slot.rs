@@ -13,6 +13,7 @@ use ::nbd::export::{Export, Exports};
 use ::nbd::server::{Draining, Listener, ServeOptions, serve_connection};
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::link::Ends;
 use super::{AttachDevice, AttachRequest, Attached, Connector, DETACH_LIMIT, How, Link, Via};
@@ -27,6 +28,7 @@ pub struct DeviceSlot {
     directory: PathBuf,
     export: Arc<dyn Export>,
     stop: CancellationToken,
+    connections: TaskTracker,
     state: Mutex<State>,
 }
 
@@ -45,6 +47,7 @@ impl DeviceSlot {
             directory: directory.into(),
             export,
             stop,
+            connections: TaskTracker::new(),
             state: Mutex::new(State::Empty),
         })
     }
@@ -128,15 +131,18 @@ impl DeviceSlot {
         }
     }
 
+    /// Ends the device's connections, which the stop token has told to end; a kernel device holds its I/O until the
+    /// next node. Before the export is closed: an error answer would reach the file system.
+    pub async fn hang_up(&self) {
+        self.connections.close();
+        self.connections.wait().await;
+    }
+
     async fn attach_now(&self, via: Via, device: Option<PathBuf>) -> Outcome<AttachDevice> {
         let info = self.export.info();
         let directory = self.directory.join("fuse");
         let socket = self.directory.join("fuse.sock");
-        let kernel = via != Via::Fuse && matches!(crate::device::kernel_available().await, Ok(true));
-        let mut guard = None;
-        if !kernel && via != Via::Kernel {
-            guard = Some(self.listen_for_fuse(&socket).await?);
-        }
+        let fuse = if via == Via::Kernel { None } else { Some(self.listen_for_fuse(&socket).await?) };
         let request = AttachRequest {
             name: self.name.clone(),
             size: info.size,
@@ -149,36 +155,38 @@ impl DeviceSlot {
             limit: ATTACH_LIMIT,
         };
         let connector = self.connector();
-        let attached = AttachDevice::attach(&request, &*connector).await.map_err(|error| {
-            Failure::failed(format!("cannot attach {}: {}", self.name, chain(&error)))
-        })?;
+        let attached = AttachDevice::attach(&request, &*connector)
+            .await
+            .map_err(|error| Failure::failed(format!("cannot attach {}: {}", self.name, chain(&error))))?;
         self.write_record(attached.record())?;
-        if let Some(guard) = guard
+        if let Some(listening) = fuse
             && matches!(attached.record().how, How::Fuse { .. })
         {
             // nbdfuse has connected: its connection lives until the node's end.
-            guard.disarm();
+            listening.disarm();
         }
         Ok(attached)
     }
 
     /// A private socket for nbdfuse, which wants a URI.
     async fn listen_for_fuse(&self, socket: &Path) -> Outcome<tokio_util::sync::DropGuard> {
-        let listener = Listener::bind(&Address::Unix(socket.into())).await.map_err(|error| Failure::failed(chain(&error)))?;
+        let listener =
+            Listener::bind(&Address::Unix(socket.into())).await.map_err(|error| Failure::failed(chain(&error)))?;
         let stop = self.stop.child_token();
         let exports = Arc::new(One(self.name.clone(), self.export.clone()));
-        tokio::spawn(listener.run(exports, serve_options(), stop.clone()));
+        self.connections.spawn(listener.run(exports, serve_options(), stop.clone()));
         Ok(stop.drop_guard())
     }
 
     fn connector(&self) -> Box<Connector<'static>> {
         let exports: Arc<dyn Exports> = Arc::new(One(self.name.clone(), self.export.clone()));
-        let (name, stop) = (self.name.clone(), self.stop.clone());
+        let (name, stop, connections) = (self.name.clone(), self.stop.clone(), self.connections.clone());
         Box::new(move || -> BoxFuture<'static, std::io::Result<Link>> {
             let (exports, name, stop) = (exports.clone(), name.clone(), stop.clone());
+            let connections = connections.clone();
             Box::pin(async move {
-                let Ends { server, hang_up, client, witness } = Ends::pair()?;
-                tokio::spawn(async move {
+                let Ends { server, hang_up, client, witness } = Ends::new()?;
+                connections.spawn(async move {
                     if let Err(error) = serve_connection(server, exports, &serve_options(), stop).await {
                         tracing::warn!(error = chain(&error), "a device's connection ended");
                     }

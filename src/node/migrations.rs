@@ -6,17 +6,18 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::disk::Role;
-use super::{Disk, DiskName, DiskSpec, Node};
+use super::spec::DiskSpec;
+use super::{Disk, DiskName, Node};
 use crate::clock;
 use crate::control::api::{MigrateAsk, MigrateEvent, RollbackReport, WaitFor};
 use crate::control::status::DiskStatus;
 use crate::error::{Failure, Outcome, chain};
 use crate::export::{ExportConfig, GateMode, LazyExport};
+use crate::migration::driver::DestinationHold;
 use crate::migration::driver::{
     DestinationHandle, DestinationWorld, MigrateWorld, Places, SourceHandle, SourceHold, SourceWorld, migrate,
     new_record,
 };
-use crate::migration::driver::DestinationHold;
 use crate::migration::machine::{DestinationMachine, SourceEvent, SourceMachine};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
 use crate::migration::record::{DestinationContainer, DestinationRecord, MigrationId, Record, SourceRecord};
@@ -205,8 +206,7 @@ impl Node {
         };
         let epoch = epoch.next();
         let migration = MigrationId(random_id()?);
-        let subject =
-            Subject { disk: disk.name().to_string(), migration: migration.clone(), epoch };
+        let subject = Subject { disk: disk.name().to_string(), migration: migration.clone(), epoch };
         let ask = PrepareAsk {
             subject,
             size: disk.spec.size,
@@ -314,6 +314,11 @@ impl Node {
         }
     }
 
+    /// The blocks of a disk at its source.
+    pub(super) fn migration_upstream(&self, name: &DiskName, from: &str) -> Upstream {
+        Upstream::dialed(Arc::new(peer::nbd::PeerDialer::new(from)), name.as_str())
+    }
+
     /// The export of a disk that comes from another node; everything is held until it is handed over.
     pub(super) async fn open_migration(&self, spec: &DiskSpec, from: &str) -> Outcome<LazyExport> {
         let directory = self.directory(&spec.name);
@@ -321,9 +326,8 @@ impl Node {
         config.size = Some(spec.size);
         config.block_size = spec.block_size;
         config.background = false;
-        let upstream = Upstream::dialed(Arc::new(peer::nbd::PeerDialer::new(from)), spec.name.as_str());
-        let export =
-            LazyExport::lazy(config, upstream).await.map_err(|error| Failure::failed(chain(&error)))?;
+        let upstream = self.migration_upstream(&spec.name, from);
+        let export = LazyExport::lazy(config, upstream).await.map_err(|error| Failure::failed(chain(&error)))?;
         export.gate().set(GateMode::Held).await;
         Ok(export)
     }
@@ -346,6 +350,7 @@ impl Node {
     /// Takes a destination's disk off the list; its store is kept when it may hold what is nowhere else.
     pub(super) async fn retire(&self, disk: &Arc<Disk>, keep: bool) -> Outcome<()> {
         disk.stop.cancel();
+        disk.device.hang_up().await;
         if let Err(error) = disk.export.shutdown().await {
             tracing::warn!(disk = %disk.name(), %error, "a discarded store could not be synced");
         }
@@ -403,7 +408,11 @@ async fn wait_for(disk: &Disk, what: WaitFor) -> Outcome<()> {
                 .wait_for(|view| done(view.record.phase, view.ready, view.told) || over(view.record.phase))
                 .await
                 .map_err(gone)?;
-            if done(view.record.phase, view.ready, view.told) { Ok(()) } else { never(format!("it is {}", view.record.phase)) }
+            if done(view.record.phase, view.ready, view.told) {
+                Ok(())
+            } else {
+                never(format!("it is {}", view.record.phase))
+            }
         }
         Role::Destination(destination) => {
             let mut watch = destination.watch();

@@ -34,11 +34,11 @@ use crate::control::server::ControlSocket;
 use crate::control::status::NodeStatus;
 use crate::device::{DeviceSlot, Via};
 use crate::error::{Failure, Outcome, chain};
-use crate::export::{ExportConfig, LazyExport};
+use crate::export::{ExportConfig, ExportError, LazyExport};
 use crate::migration::journal::Journal;
 use crate::migration::record::Record;
 use crate::units::BlockSize;
-use crate::upstream::Upstream;
+use crate::upstream::{Upstream, UpstreamError};
 use spec::{DiskSpec, Origin};
 
 /// The most disks of a node.
@@ -73,17 +73,18 @@ impl Running {
         for address in &config.nbd {
             listeners.push(Listener::bind(address).await.map_err(|error| Failure::failed(chain(&error)))?);
         }
-        let peer = match &config.peer {
-            None => None,
-            Some(address) => Some(TcpListener::bind(address).await.map_err(|error| {
-                Failure::failed(format!("cannot listen on the peer address {address}: {error}"))
-            })?),
-        };
+        let peer =
+            match &config.peer {
+                None => None,
+                Some(address) => Some(TcpListener::bind(address).await.map_err(|error| {
+                    Failure::failed(format!("cannot listen on the peer address {address}: {error}"))
+                })?),
+            };
         let peer_port = match &peer {
             Some(listener) => listener.local_addr().map_err(Failure::failed)?.port(),
             None => 0,
         };
-        let socket = ControlSocket::bind(control)?;
+        let socket = ControlSocket::bind(control).await?;
         let node = Arc::new(Node {
             nbd: listeners.iter().map(|listener| listener.address().clone()).collect(),
             config,
@@ -119,6 +120,7 @@ impl Running {
         self.tasks.wait().await;
         for disk in self.node.disks() {
             disk.stop.cancel();
+            disk.device.hang_up().await;
             if let Err(error) = disk.export.shutdown().await {
                 tracing::error!(disk = %disk.name(), error = %error, "the disk could not be made durable at the end");
             }
@@ -160,7 +162,7 @@ impl Node {
             };
         }
         let _changing = self.begin(&name)?;
-        let export = LazyExport::local(name.as_str(), &image).map_err(|error| Failure::failed(chain(&error)))?;
+        let export = LazyExport::local(name.as_str(), &image, false).map_err(|error| Failure::failed(chain(&error)))?;
         let size = export.status().size;
         let spec = DiskSpec::new(name, size, BlockSize::DEFAULT, Origin::Local { image });
         self.make(spec, export)
@@ -241,8 +243,7 @@ impl Node {
     fn enlist(self: &Arc<Self>, spec: DiskSpec, export: LazyExport, journal: Journal) -> Arc<Disk> {
         let stop = self.stop.child_token();
         let directory = self.directory(&spec.name);
-        let device =
-            DeviceSlot::new(spec.name.as_str(), &directory, Arc::new(export.clone()), stop.clone());
+        let device = DeviceSlot::new(spec.name.as_str(), &directory, Arc::new(export.clone()), stop.clone());
         let disk = Arc::new(Disk {
             directory,
             export,
@@ -252,12 +253,14 @@ impl Node {
             role: Mutex::new(Role::Idle),
             spec,
         });
+        disk.export.start();
         self.disks.insert(disk.name().clone(), disk.clone());
         disk
     }
 
     async fn forget(&self, disk: &Arc<Disk>) -> Outcome<()> {
         disk.stop.cancel();
+        disk.device.hang_up().await;
         disk.export.shutdown().await.map_err(|error| {
             Failure::failed(format!("cannot make {} durable before it is removed: {error}", disk.name()))
         })?;
@@ -271,7 +274,8 @@ impl Node {
     /// A store that may be the only copy is never deleted.
     fn move_aside(&self, directory: &Path) -> Outcome<()> {
         let removed = self.config.state_dir.join("removed");
-        let failed = |error: std::io::Error| Failure::failed(format!("cannot move {} aside: {error}", directory.display()));
+        let failed =
+            |error: std::io::Error| Failure::failed(format!("cannot move {} aside: {error}", directory.display()));
         std::fs::create_dir_all(&removed).map_err(failed)?;
         let name = directory.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let target = (1..).map(|n| removed.join(format!("{name}.{n}"))).find(|path| !path.exists());
@@ -304,7 +308,7 @@ impl Node {
             let (journal, record) = open_journal(directory, &name)?;
             let export = match &spec.origin {
                 Origin::Local { image } => {
-                    LazyExport::local(name.as_str(), image).map_err(|error| Failure::failed(chain(&error)))?
+                    LazyExport::local(name.as_str(), image, false).map_err(|error| Failure::failed(chain(&error)))?
                 }
                 Origin::Pull { .. } => self.open_pull(&spec).await?,
                 Origin::Migration { from } => self.open_migration(&spec, from).await?,
@@ -321,7 +325,8 @@ impl Node {
             self.recover(&disk, record).await;
             Ok(disk)
         };
-        let disk = begun.await.map_err(|failure: Failure| failure.context(format!("cannot open the export '{name}'")))?;
+        let disk =
+            begun.await.map_err(|failure: Failure| failure.context(format!("cannot open the export '{name}'")))?;
         if let Err(failure) = disk.device.readopt().await {
             tracing::warn!(disk = %name, %failure, "the device could not be taken over");
         }
@@ -340,9 +345,9 @@ impl Node {
         config.rate = *rate;
         config.background = *background;
         let upstream = Upstream::from_uri(from).map_err(|error| Failure::usage(chain(&error)))?;
-        LazyExport::lazy(config, upstream).await.map_err(|error| {
-            let kind = if error.is_unreachable() { Failure::unreachable } else { Failure::failed };
-            kind(chain(&error))
+        LazyExport::lazy(config, upstream).await.map_err(|error| match error {
+            ExportError::Upstream(UpstreamError::Dial { .. }) => Failure::unreachable(chain(&error)),
+            error => Failure::failed(chain(&error)),
         })
     }
 

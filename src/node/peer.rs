@@ -119,7 +119,10 @@ impl Node {
                 )));
             }
             let mut watch = destination.watch();
-            watch.wait_for(|view| view.torn_down).await.map_err(|_| Failure::unreachable("the node is shutting down"))?;
+            watch
+                .wait_for(|view| view.torn_down)
+                .await
+                .map_err(|_| Failure::unreachable("the node is shutting down"))?;
             self.retire(&disk, record.owned).await?;
         }
         let _changing = self.begin(&name)?;
@@ -153,16 +156,20 @@ impl Node {
 
     async fn ready(self: &Arc<Self>, disk: &Arc<Disk>, record: DestinationRecord) -> Outcome<()> {
         let hold = self.destination_hold(disk, &record);
+        let source = record.source.clone();
         let machine = DestinationMachine::new(record);
         let readied = async {
             hold.prepare().await?;
-            disk.export.probe_upstream().await.map_err(|error| {
+            let upstream = self.migration_upstream(disk.name(), &source);
+            let connection = upstream.connect(Some(disk.spec.size)).await.map_err(|error| {
                 Failure::unreachable(format!(
                     "cannot read the disk from its source: {}; is the source's peer address reachable from here \
                      (--advertise)?",
                     chain(&error)
                 ))
-            })
+            })?;
+            connection.close();
+            Ok(())
         };
         if let Err(failure) = readied.await {
             if let Err(left) = hold.tear_down().await {

@@ -79,9 +79,8 @@ impl DiskSpec {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Failure::failed(format!("cannot read {}: {error}", path.display()))),
         };
-        let damaged = |why: String| {
-            Failure::failed(format!("{} cannot be used: {why}; nothing was changed", path.display()))
-        };
+        let damaged =
+            |why: String| Failure::failed(format!("{} cannot be used: {why}; nothing was changed", path.display()));
         let spec: Self = serde_json::from_slice(&json).map_err(|error| damaged(error.to_string()))?;
         if spec.version > VERSION {
             return Err(damaged(format!("it has version {}, newer than {VERSION}", spec.version)));

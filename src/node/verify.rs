@@ -43,13 +43,8 @@ impl Node {
             return Err(Failure::refused(format!("{name} is {} here; there is nothing to compare", record.phase)));
         }
         let subject = Subject { disk: name.to_string(), migration: record.migration, epoch: record.epoch };
-        let mut report = VerifyReport {
-            verified: true,
-            compared_bytes: 0,
-            dirty_bytes: 0,
-            missing_bytes: 0,
-            differing: Vec::new(),
-        };
+        let mut report =
+            VerifyReport { verified: true, compared_bytes: 0, dirty_bytes: 0, missing_bytes: 0, differing: Vec::new() };
         let blocks = disk.spec.block_size.count(disk.spec.size);
         let mut first = 0;
         while first < blocks {
@@ -73,7 +68,9 @@ async fn compare(
     if before.iter().any(|&flags| flags & (PRESENT | DIRTY) == PRESENT) {
         let request = Request::Checksums { subject: subject.clone(), first, count };
         let theirs = match peer.call(&request, ANSWER_TIME).await {
-            Ok(Reply::Checksums { digests }) if digests.len() == DIGITS * count as usize && digests.is_ascii() => digests,
+            Ok(Reply::Checksums { digests }) if digests.len() == DIGITS * count as usize && digests.is_ascii() => {
+                digests
+            }
             Ok(_) => return Err(Failure::failed("the source answered something else than checksums")),
             Err(error) => return Err(error.into_failure().context("cannot compare with the source")),
         };
@@ -119,10 +116,8 @@ fn bytes(disk: &Disk, block: BlockIndex) -> u64 {
 /// The map's flags of each block.
 async fn flags(disk: &Disk, first: u64, count: u64) -> Outcome<Vec<u64>> {
     let unit = disk.spec.block_size.bytes();
-    let range = disk.spec.block_size.bytes_of(
-        BlockRange::new(BlockIndex(first), BlockIndex(first + count)),
-        disk.spec.size,
-    );
+    let range =
+        disk.spec.block_size.bytes_of(BlockRange::new(BlockIndex(first), BlockIndex(first + count)), disk.spec.size);
     let mut flags = Vec::with_capacity(count as usize);
     let mut at = range.start;
     while at < range.end {
@@ -150,7 +145,10 @@ pub(super) async fn checksums(disk: &Disk, first: u64, count: u64) -> Outcome<St
     let block_size = disk.spec.block_size;
     let blocks = block_size.count(disk.spec.size);
     if count > MAX_CHECKSUM_BLOCKS || first.checked_add(count).is_none_or(|end| end > blocks) {
-        return Err(Failure::refused(format!("{} has {blocks} blocks; {count} from {first} on were asked", disk.name())));
+        return Err(Failure::refused(format!(
+            "{} has {blocks} blocks; {count} from {first} on were asked",
+            disk.name()
+        )));
     }
     let mut digests = String::with_capacity(DIGITS * count as usize);
     let mut buffer = vec![0; block_size.bytes() as usize];
@@ -161,9 +159,8 @@ pub(super) async fn checksums(disk: &Disk, first: u64, count: u64) -> Outcome<St
             ReadAnswer::Now(read) => read.map(|()| blake3::hash(buffer)),
             ReadAnswer::Later(bytes) => bytes.await.map(|bytes| blake3::hash(&bytes)),
         };
-        let hash = read.map_err(|errno| {
-            Failure::failed(format!("cannot read {} at {}: {errno}", disk.name(), range.start))
-        })?;
+        let hash =
+            read.map_err(|errno| Failure::failed(format!("cannot read {} at {}: {errno}", disk.name(), range.start)))?;
         digests.push_str(&hash.to_hex().as_str()[..DIGITS]);
         if block % 64 == 0 {
             tokio::task::yield_now().await;

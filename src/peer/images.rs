@@ -32,9 +32,11 @@ pub async fn dial(address: &str, subject: &Subject) -> std::io::Result<TcpStream
 /// Sends a directory while it grows; `dumped` says that it is whole. Returns when the destination has all of it.
 pub async fn send(mut stream: TcpStream, directory: &Path, dumped: CancellationToken) -> Outcome<Followed> {
     let lost = |error: std::io::Error| Failure::unreachable(format!("the checkpoint's stream broke: {error}"));
-    let (frames, mut outgoing) = mpsc::channel(QUEUE);
+    let (frames, outgoing) = mpsc::channel(QUEUE);
     let follower = ImageFollower::new(directory, frames).map_err(|error| Failure::failed(chain(&error)))?;
     let write = async {
+        // Its end of the channel goes with it: a follower that nobody hears any more ends.
+        let mut outgoing = outgoing;
         let mut buffer = BytesMut::new();
         while let Some(frame) = outgoing.recv().await {
             frame.encode(&mut buffer);
@@ -49,12 +51,7 @@ pub async fn send(mut stream: TcpStream, directory: &Path, dumped: CancellationT
         }
         Ok::<_, Failure>(())
     };
-    let (followed, written) = tokio::join!(follower.run(dumped), async {
-        let written = write.await;
-        // The follower waits for room otherwise.
-        drop(outgoing);
-        written
-    });
+    let (followed, written) = tokio::join!(follower.run(dumped), write);
     // The destination says why it hung up, where it could.
     let answer = read_json::<Response>(&mut stream).await;
     match answer {
@@ -115,9 +112,10 @@ async fn read_frames(stream: &mut TcpStream, frames: mpsc::Sender<Frame>) -> Out
             }
         }
         buffer.reserve(READ_BYTES);
-        let read = stream.read_buf(&mut buffer).await.map_err(|error| {
-            Failure::unreachable(format!("the checkpoint's stream broke: {error}"))
-        })?;
+        let read = stream
+            .read_buf(&mut buffer)
+            .await
+            .map_err(|error| Failure::unreachable(format!("the checkpoint's stream broke: {error}")))?;
         if read == 0 {
             return Ok(());
         }

@@ -21,6 +21,18 @@ pub enum LinkState {
     WrongDisk,
 }
 
+impl std::fmt::Display for LinkState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            LinkState::None => "none",
+            LinkState::Connecting => "connecting",
+            LinkState::Connected => "connected",
+            LinkState::Lost => "lost",
+            LinkState::WrongDisk => "wrong-disk",
+        })
+    }
+}
+
 /// The state with the last error, for `status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpstreamStatus {

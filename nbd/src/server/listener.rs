@@ -50,7 +50,7 @@ enum Socket {
 }
 
 /// The path of a Unix socket, removed with the listener if it is still the listener's.
-struct UnixPath {
+pub struct UnixPath {
     path: PathBuf,
     inode: Option<(u64, u64)>,
 }
@@ -95,16 +95,8 @@ impl Listener {
                 Ok(Listener { socket: Socket::Tcp(listener), address, path: None })
             }
             Address::Unix(path) => {
-                let listener = match bind_unix(path) {
-                    Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                        remove_stale(path, address).await?;
-                        bind_unix(path)
-                    }
-                    bound => bound,
-                };
-                let listener = listener.map_err(failed)?;
-                let path = Some(UnixPath { inode: inode(path), path: path.clone() });
-                Ok(Listener { socket: Socket::Unix(listener), address: address.clone(), path })
+                let (listener, path) = bind_owned_unix(path).await?;
+                Ok(Listener { socket: Socket::Unix(listener), address: address.clone(), path: Some(path) })
             }
         }
     }
@@ -177,6 +169,26 @@ trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
 /// Binds with mode 0600 from the first moment: on Linux the new path takes the mode of the unbound socket.
+/// Binds a Unix socket as [`Listener::bind`] does; the path goes when the second value is dropped.
+///
+/// # Errors
+/// [`ListenError`].
+pub async fn bind_owned_unix(path: &Path) -> Result<(UnixListener, UnixPath), ListenError> {
+    let address = Address::Unix(path.into());
+    let listener = match bind_unix(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            remove_stale(path, &address).await?;
+            bind_unix(path)
+        }
+        bound => bound,
+    };
+    let listener = listener.map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => ListenError::InUse(address),
+        _ => ListenError::Io { address, source },
+    })?;
+    Ok((listener, UnixPath { inode: inode(path), path: path.into() }))
+}
+
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;

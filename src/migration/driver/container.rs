@@ -9,17 +9,17 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use crate::container::bundle::Bundle;
-use crate::container::cgroup::Cgroup;
-use crate::container::netdrop::NetDrop;
-use crate::container::{ContainerId, RestoreSpec, Runtime, quiesce};
-use crate::device::{DeviceSlot, Via, mount};
+use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec, Runtime, quiesce};
+use crate::device::{DeviceSlot, Via, mount, mounts_of};
 use crate::error::{Failure, Outcome, chain};
 use crate::migration::record::{DestinationContainer, SourceContainer};
 use crate::units::Epoch;
 
 /// How long a restore may take before it is undone and the source goes on.
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
+
+/// How long a mount or an unmount may take; a lazily filled disk answers late.
+const MOUNT_LIMIT: Duration = Duration::from_secs(60);
 
 /// The runtimes that this host's operator allows, by name.
 #[derive(Clone, Debug, Default)]
@@ -92,7 +92,7 @@ impl SourceHold {
                 "the disk of container {id} is not attached by this node; use `lazy-migrate attach`, and run it from there"
             )));
         };
-        let mounts = mount::mounts_of(&device).map_err(|error| failed(&error))?;
+        let mounts = mounts_of(&device).map_err(|error| failed(&error))?;
         let Some(mount) = mounts.iter().find(|mount| found.rootfs.starts_with(mount)) else {
             return Err(Failure::refused(format!(
                 "the root {} of container {id} does not lie on {}, which is this disk; name the disk that holds it",
@@ -149,9 +149,7 @@ impl SourceHold {
                 drop.remove().await.map_err(|error| failed(&error))?;
             }
             quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
-            if let Some(device) = self.device.device() {
-                mount::unmount_all(&device).await.map_err(|error| failed(&error))?;
-            }
+            unmount(&self.device).await?;
             self.device.detach().await?;
             *self.lock() = None;
         }
@@ -245,7 +243,10 @@ impl DestinationHold {
         let bundle = self.bundle(container)?;
         let mount_point = self.mount_point()?;
         let device = self.device.attach(Via::Auto, None).await?;
-        mount::mount(&device, &mount_point).await.map_err(|error| failed(&error))?;
+        let mounted = mounts_of(&device).map_err(|error| failed(&error))?;
+        if !mounted.contains(&mount_point) {
+            mount::mount(&device, &mount_point, None, &[], MOUNT_LIMIT).await.map_err(|error| failed(&error))?;
+        }
         bundle.check_rootfs_present(&mount_point).map_err(|error| failed(&error))?;
         let spec = RestoreSpec {
             bundle,
@@ -290,9 +291,14 @@ impl DestinationHold {
                 outcome = outcome.and(drop.remove().await.map_err(|error| failed(&error)));
             }
         }
-        if let Some(device) = self.device.device() {
-            outcome = outcome.and(mount::unmount_all(&device).await.map_err(|error| failed(&error)));
-            outcome = outcome.and(self.device.detach().await);
+        // What was not written is given up with the disk; a device that still wants to write must not hang.
+        let mounts = match self.device.device() {
+            Some(device) => mounts_of(&device).map_err(|error| failed(&error))?,
+            None => Vec::new(),
+        };
+        outcome = outcome.and(self.device.abandon().await);
+        for mount in mounts {
+            outcome = outcome.and(mount::umount(&mount, MOUNT_LIMIT).await.map_err(|error| failed(&error)));
         }
         outcome.and(remove_tree(&self.places.images()).await)
     }
@@ -333,6 +339,15 @@ impl DestinationHold {
         let netns = self.bundle(container)?.netns();
         Ok(netns.map(|netns| NetDrop::new(netns, &format!("{}-destination", self.disk))))
     }
+}
+
+/// Everything that is mounted from the device is unmounted, the innermost first.
+async fn unmount(device: &DeviceSlot) -> Outcome<()> {
+    let Some(device) = device.device() else { return Ok(()) };
+    for mount in mounts_of(&device).map_err(|error| failed(&error))?.iter().rev() {
+        mount::umount(mount, MOUNT_LIMIT).await.map_err(|error| failed(&error))?;
+    }
+    Ok(())
 }
 
 /// Removes a directory of ours; one that is not there is removed.

@@ -332,7 +332,7 @@ impl Driver {
             dirty_bytes: status.dirty_bytes,
             pulled_bytes: status.pulled_bytes,
             skipped_bytes: status.skipped_bytes,
-            demand_fetches: status.faults.count,
+            demand_fetches: status.demand_fetches,
             pull_rate: status.pull_rate,
         }
     }

@@ -82,7 +82,8 @@ impl Run {
     ) -> Outcome<MigrateReport> {
         let before = async {
             let probe = self.world.hold.images().with_extension("probe");
-            let (prepared, probed) = tokio::join!(self.world.source.command(SourceEvent::Prepare), runtime.probe(probe));
+            let (prepared, probed) =
+                tokio::join!(self.world.source.command(SourceEvent::Prepare), runtime.probe(probe));
             prepared.map_err(|failure| failure.context(format!("{} is not prepared", ask.to)))?;
             probed.map_err(|error| Failure::failed(chain(&error)))?;
             self.tell(MigrateEvent::Prepared { at_ms: self.at_ms() });
@@ -138,7 +139,11 @@ impl Run {
         let dump = async {
             let options = CheckpointOptions { tcp_established };
             let result = runtime.checkpoint(id, images.to_path_buf(), work, options).await;
-            if result.is_ok() { dumped.cancel() } else { spoilt.cancel() }
+            if result.is_ok() {
+                dumped.cancel()
+            } else {
+                spoilt.cancel()
+            }
             result.map_err(|error| Failure::failed(chain(&error)))
         };
         // A stream that breaks does not end criu half way: it is let finish.
@@ -167,8 +172,10 @@ impl Run {
                         )),
                         Err(back) => Failure::new(
                             back.kind,
-                            format!("the container could not be restored at the destination ({failure}), and the disk \
-                                     is not back yet: {back}"),
+                            format!(
+                                "the container could not be restored at the destination ({failure}), and the disk \
+                                     is not back yet: {back}"
+                            ),
                         ),
                     });
                 }

@@ -8,9 +8,10 @@ mod destination;
 mod migrate;
 mod source;
 
-pub use container::{Runtimes, SourceHold};
+pub use container::{DestinationHold, Places, Runtimes, SourceHold};
 pub use destination::{DestinationHandle, DestinationView, DestinationWorld};
 pub use migrate::{MigrateWorld, migrate};
+pub(crate) use source::new_record;
 pub use source::{SourceHandle, SourceView, SourceWorld};
 
 use std::sync::{Arc, Mutex};

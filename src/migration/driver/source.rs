@@ -246,15 +246,10 @@ fn publish_view(
     });
 }
 
-fn perform(
-    world: Arc<SourceWorld>,
-    record: SourceRecord,
-    effect: SourceEffect,
-) -> BoxFuture<'static, SourceEvent> {
+fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) -> BoxFuture<'static, SourceEvent> {
     Box::pin(async move {
         tracing::info!(disk = world.disk, epoch = record.epoch.0, phase = %record.phase, effect = name(&effect), "source");
-        let subject =
-            Subject { disk: world.disk.clone(), migration: record.migration.clone(), epoch: record.epoch };
+        let subject = Subject { disk: world.disk.clone(), migration: record.migration.clone(), epoch: record.epoch };
         match effect {
             SourceEffect::Journal(record) => {
                 SourceEvent::Journaled(append(&world.journal, Record::Source(record)).await)
@@ -265,8 +260,8 @@ fn perform(
             }
             SourceEffect::Seal => {
                 world.export.gate().set(GateMode::ReadOnly).await;
-                SourceEvent::Sealed(world.export.sync().await.map_err(|error| {
-                    Failure::failed(format!("cannot make {} durable before the handover: {error}", world.disk))
+                SourceEvent::Sealed(world.export.persist().await.map_err(|errno| {
+                    Failure::failed(format!("cannot make {} durable before the handover: {errno}", world.disk))
                 }))
             }
             SourceEffect::TellHandover(beat) => {
