@@ -17,9 +17,9 @@ pub const BACKGROUND_WINDOW_MIN: u64 = 1 << 20;
 /// The background window never grows above this many bytes.
 pub const BACKGROUND_WINDOW_MAX: u64 = 32 << 20;
 
-/// A background request may take this much longer than the fastest one seen before the window shrinks: the queue that
-/// the pull builds up on the link is what a demand fetch waits behind.
-pub const BACKGROUND_QUEUE_DELAY: Duration = Duration::from_millis(100);
+/// A background request may take this much longer than one alone on the link (or half as long again, whichever is more)
+/// before the window shrinks: the queue that the pull builds up on the link is what a demand fetch waits behind.
+pub const BACKGROUND_QUEUE_DELAY: Duration = Duration::from_millis(10);
 
 /// Bytes of demand fetches in flight.
 pub const DEMAND_WINDOW: u64 = 64 << 20;

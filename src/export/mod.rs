@@ -25,3 +25,8 @@ pub use lazy::LazyExport;
 pub use status::DataStatus;
 
 pub use crate::pull::PullState;
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

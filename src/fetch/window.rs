@@ -3,43 +3,66 @@
 
 use std::time::Duration;
 
-use crate::limits::{BACKGROUND_QUEUE_DELAY, BACKGROUND_WINDOW_MAX, BACKGROUND_WINDOW_MIN, BACKGROUND_WINDOW_START};
+use crate::limits::{
+    BACKGROUND_QUEUE_DELAY, BACKGROUND_WINDOW_MAX, BACKGROUND_WINDOW_MIN, BACKGROUND_WINDOW_START, MAX_FETCH,
+};
 
-/// After this time the fastest reply is looked for anew: the path may have changed.
-const FORGET_FASTEST: Duration = Duration::from_secs(10);
+/// How often the path is measured anew.
+const PROBE_EVERY: Duration = Duration::from_secs(30);
 
-/// The window of bytes in flight. It grows while replies come about as fast as the fastest, and shrinks when they queue.
+/// The window of bytes in flight. It grows while replies take about as long as one alone takes, and shrinks when they
+/// queue. What one alone takes is measured by sending one alone, at the start and now and then: on a path that is always
+/// full nothing else shows it.
 #[derive(Debug)]
 pub struct Window {
     bytes: u64,
-    fastest: Option<(Duration, Duration)>,
+    /// One request is alone in the air since then.
+    probing: Option<Duration>,
+    measured_at: Duration,
+    alone: Option<Duration>,
     shrunk_at: Duration,
 }
 
 impl Default for Window {
     fn default() -> Self {
-        Self { bytes: BACKGROUND_WINDOW_START, fastest: None, shrunk_at: Duration::ZERO }
+        Self {
+            bytes: BACKGROUND_WINDOW_START,
+            probing: Some(Duration::ZERO),
+            measured_at: Duration::ZERO,
+            alone: None,
+            shrunk_at: Duration::ZERO,
+        }
     }
 }
 
 impl Window {
     /// In bytes; a quarter of it (not less than one request) while a client waits for a fetch.
     pub fn bytes(&self, demand_waits: bool) -> u64 {
-        if demand_waits { (self.bytes / 4).max(BACKGROUND_WINDOW_MIN) } else { self.bytes }
+        match (self.probing, demand_waits) {
+            (Some(_), _) => BACKGROUND_WINDOW_MIN,
+            (None, true) => (self.bytes / 4).max(BACKGROUND_WINDOW_MIN),
+            (None, false) => self.bytes,
+        }
     }
 
     /// A request of `bytes` was answered at `now`, `took` after it was sent.
     pub fn answered(&mut self, now: Duration, took: Duration, bytes: u64) {
-        let fastest = match self.fastest {
-            Some((since, fastest)) if fastest <= took && now < since + FORGET_FASTEST => fastest,
-            _ => {
-                self.fastest = Some((now, took));
-                took
+        let sent = now.saturating_sub(took);
+        if let Some(since) = self.probing {
+            if sent >= since && bytes >= MAX_FETCH / 2 {
+                (self.probing, self.measured_at, self.alone) = (None, now, Some(took));
             }
-        };
-        if took <= fastest + BACKGROUND_QUEUE_DELAY.max(fastest / 2) {
+            return;
+        }
+        if now >= self.measured_at + PROBE_EVERY {
+            self.probing = Some(now);
+            return;
+        }
+        let alone = self.alone.unwrap_or(took).min(took);
+        self.alone = Some(alone);
+        if took <= alone + BACKGROUND_QUEUE_DELAY.max(alone / 2) {
             self.bytes = (self.bytes + bytes / 4).min(BACKGROUND_WINDOW_MAX);
-        } else if now >= self.shrunk_at + took {
+        } else if sent >= self.shrunk_at {
             // Once for each round: what is in flight was sent under the old window.
             self.bytes = (self.bytes / 4 * 3).max(BACKGROUND_WINDOW_MIN);
             self.shrunk_at = now;
@@ -53,16 +76,22 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    /// A link of `rate` bytes a millisecond and a fixed delay, kept full by the window.
+    /// A link of `rate` bytes a millisecond and a fixed delay, kept full by the window for ten minutes.
     fn settle(rate: u64, delay: Duration) -> u64 {
         let mut window = Window::default();
-        let mut now = Duration::ZERO;
-        for _ in 0..2000 {
-            let took = delay + MS * (window.bytes(false) / rate) as u32;
-            now += MS * ((1 << 20) / rate).max(1) as u32;
-            window.answered(now, took.max(delay + MS * ((1 << 20) / rate) as u32), 1 << 20);
+        let each = MS * ((1 << 20) / rate).max(1) as u32;
+        let (mut now, mut flying, mut free_at) = (Duration::ZERO, std::collections::VecDeque::new(), Duration::ZERO);
+        while now < Duration::from_secs(600) {
+            while (flying.len() as u64) << 20 < window.bytes(false) {
+                free_at = free_at.max(now) + each;
+                flying.push_back((now, free_at + delay));
+            }
+            if let Some((sent, done)) = flying.pop_front() {
+                now = now.max(done);
+                window.answered(now, now - sent, 1 << 20);
+            }
         }
-        window.bytes(false)
+        window.bytes
     }
 
     #[test]
@@ -75,8 +104,8 @@ mod tests {
 
     #[test]
     fn demand_makes_it_smaller_but_never_nothing() {
-        let window = Window::default();
-        assert_eq!(window.bytes(true), BACKGROUND_WINDOW_START / 4);
-        assert!(Window { bytes: BACKGROUND_WINDOW_MIN, ..window }.bytes(true) >= BACKGROUND_WINDOW_MIN);
+        let window = Window { bytes: 8 << 20, probing: None, ..Window::default() };
+        assert_eq!((window.bytes(false), window.bytes(true)), (8 << 20, 2 << 20));
+        assert_eq!(Window { bytes: BACKGROUND_WINDOW_MIN, ..window }.bytes(true), BACKGROUND_WINDOW_MIN);
     }
 }
