@@ -282,6 +282,10 @@ fn plain(line: &str) -> String {
         rest = rest[at..].split_once('m').map_or("", |(_, after)| after);
     }
     out.push_str(rest);
+    // The log lines that Go programs write when stderr is no terminal: only the message is of interest.
+    if let Some((_, message)) = out.split_once(" msg=\"").filter(|_| out.starts_with("time=")) {
+        out = message.trim_end().trim_end_matches('"').replace("\\n", " ").replace("\\\"", "\"");
+    }
     out.trim().to_owned()
 }
 
@@ -300,6 +304,13 @@ mod tests {
         assert!(!said.success);
         assert_eq!(said.stdout, "out\n");
         assert_eq!(said.why(), "wrong way");
+    }
+
+    #[test]
+    fn log_lines_are_cut_to_their_message() {
+        let line = "time=\"2026-11-21T12:47:28Z\" level=error msg=\"cannot open \\\"x\\\": gone\"";
+        assert_eq!(plain(line), "cannot open \"x\": gone");
+        assert_eq!(plain("a msg=\"b\""), "a msg=\"b\"");
     }
 
     #[tokio::test]

@@ -6,6 +6,7 @@
 //! stdin, stdout and stderr, so these are `/dev/null` and runc's messages go to a log file.
 
 use std::{
+    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
     time::Duration,
@@ -19,9 +20,12 @@ use super::{
     Cgroup, CheckpointOptions, ContainerId, ContainerStatus, Error, Inspected, POLL, RestoreSpec, Runtime, absolute,
     bundle::Bundle,
     command::{Call, Said, log_errors, runc_log_errors},
+    netdrop::lift_criu_lock,
     private_dir, probe,
 };
 
+/// Where runc keeps its state when it is run by root and not told otherwise.
+const DEFAULT_ROOT: &str = "/run/runc";
 /// For questions and for what the kernel does at once.
 const QUICK: Duration = Duration::from_secs(20);
 /// How long a container may take to freeze: runc itself gives up after 10 s.
@@ -148,15 +152,27 @@ impl Runc {
 
     async fn do_thaw(&self, id: &ContainerId) -> Result<(), Error> {
         let now = self.do_inspect(id).await?;
-        match now.status {
-            ContainerStatus::Running => {}
-            ContainerStatus::Paused => {
-                let what = format!("thaw container {id}");
-                self.call(&what, QUICK).arg("resume").arg(id.as_str()).run_ok().await?;
+        let lift = async {
+            match &now.netns {
+                Some(netns) => lift_criu_lock(netns).await,
+                None => Ok(()),
             }
-            other => return Err(wrong_state(id, "thaw", other)),
-        }
-        self.wait_frozen(id, false).await
+        };
+        let resume = async {
+            match now.status {
+                ContainerStatus::Running => Ok(()),
+                ContainerStatus::Paused => {
+                    let what = format!("thaw container {id}");
+                    self.call(&what, QUICK).arg("resume").arg(id.as_str()).run_ok().await.map(drop)
+                }
+                other => Err(wrong_state(id, "thaw", other)),
+            }
+        };
+        // At once: a rollback waits for both.
+        let (lifted, resumed) = tokio::join!(lift, resume);
+        resumed?;
+        self.wait_frozen(id, false).await?;
+        lifted
     }
 
     async fn wait_frozen(&self, id: &ContainerId, wanted: bool) -> Result<(), Error> {
@@ -204,7 +220,7 @@ impl Runc {
         if options.tcp_established {
             call = call.arg("--tcp-established");
         }
-        call.arg(id.as_str()).run_ok().await.map_err(|error| with_log(error, &log_errors(&log)))?;
+        call.arg(id.as_str()).run_ok().await.map_err(|error| with_log(error, &log))?;
         // runc was content, but if criu was killed at the very end the group may have been left thawed.
         if cgroup.is_frozen()? { Ok(()) } else { Err(Error::RanOn { id: id.to_string() }) }
     }
@@ -262,7 +278,7 @@ impl Runc {
             call = call.arg("--tcp-established");
         }
         let program = call.program();
-        let said = call.arg(id.as_str()).silent().run().await.map_err(|error| with_log(error, &log_errors(&log)))?;
+        let said = call.arg(id.as_str()).silent().run().await.map_err(|error| with_log(error, &log))?;
         if said.success {
             return Ok(());
         }
@@ -288,6 +304,14 @@ impl Runc {
                 told("unmount what criu left", &error);
             }
         }
+        if let Err(error) = remove_mount_roots(&spec.work_dir.join("restore.log")) {
+            told("remove what criu left", &error);
+        }
+        if let Some(netns) = spec.bundle.netns()
+            && let Err(error) = lift_criu_lock(&netns).await
+        {
+            told("free the network", &error);
+        }
         if let Err(error) = std::fs::remove_dir_all(derived) {
             told("remove the derived bundle", &error);
         }
@@ -295,7 +319,7 @@ impl Runc {
 
     async fn do_kill_and_delete(&self, id: &ContainerId) -> Result<(), Error> {
         let now = match self.do_inspect(id).await {
-            Err(Error::NoSuchContainer { .. }) => return Ok(()),
+            Err(Error::NoSuchContainer { .. }) => return self.forget(id),
             other => other?,
         };
         if now.pid.is_some() {
@@ -323,7 +347,21 @@ impl Runc {
         }
     }
 
-    /// A call of runc with its global options; warnings that are no errors are kept out of stderr's way.
+    /// Frees the id of a container that runc had begun to make when it was killed: its state directory is there, without
+    /// a state in it, so that runc knows no such container and yet refuses the id.
+    fn forget(&self, id: &ContainerId) -> Result<(), Error> {
+        let root = self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
+        let dir = root.join(id.as_str());
+        if dir.join("state.json").exists() {
+            return Ok(());
+        }
+        match std::fs::remove_dir_all(&dir) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", dir)(e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A call of runc with its global options.
     fn call(&self, what: &str, limit: Duration) -> Call {
         let mut call = Call::new(&self.binary, "runc", what, limit);
         if let Some(root) = &self.root {
@@ -361,14 +399,21 @@ fn remove_old(log: &Path) -> Result<(), Error> {
     }
 }
 
-/// Adds what a log says to an error: it knows more than runc does.
-fn with_log(error: Error, told: &str) -> Error {
+/// Adds what criu's log says to an error: it knows more than runc does.
+fn with_log(error: Error, log: &Path) -> Error {
+    let told = log_errors(log);
     match error {
         Error::Failed { program, what, status, .. } if !told.is_empty() => {
-            Error::Failed { program, what, status, detail: told.to_owned() }
+            Error::Failed { program, what, status, detail: told }
         }
-        Error::TimedOut { program, what, limit, .. } if !told.is_empty() => {
-            Error::TimedOut { program, what, limit, detail: format!("; its log says: {told}") }
+        // runc's words for it: its connection to criu was closed.
+        Error::Failed { program, what, status, detail } if detail.contains("unixpacket") => {
+            let detail = format!("criu was ended before it was done; see {}", log.display());
+            Error::Failed { program, what, status, detail }
+        }
+        Error::TimedOut { program, what, limit, .. } => {
+            let detail = if told.is_empty() { format!("; see {}", log.display()) } else { format!(": {told}") };
+            Error::TimedOut { program, what, limit, detail }
         }
         other => other,
     }
@@ -408,6 +453,33 @@ fn unmount_yards(dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Removes the directories in `/tmp` on which a criu that was ended had built its mounts, in a mount namespace that is
+/// gone. Its log names them; they are empty here.
+fn remove_mount_roots(log: &Path) -> io::Result<()> {
+    let text = match std::fs::read_to_string(log) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other?,
+    };
+    for root in mount_roots(&text) {
+        match std::fs::remove_dir(Path::new("/tmp").join(root)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The names `.criu.mntns.*` that a log mentions as below `/tmp`, each once.
+fn mount_roots(log: &str) -> BTreeSet<&str> {
+    let names = log.split("/tmp/").skip(1).filter(|rest| rest.starts_with(".criu.mntns."));
+    names
+        .map(|rest| {
+            let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || c == '.')).unwrap_or(rest.len());
+            &rest[..end]
+        })
+        .collect()
+}
+
 /// The mount points of criu's yards below `dir`, the innermost first.
 fn yards(mountinfo: &str, dir: &Path) -> Vec<PathBuf> {
     let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
@@ -438,15 +510,43 @@ mod tests {
 
     #[test]
     fn the_log_explains_a_failure_better_than_the_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("dump.log");
         let failed = |detail: &str| Error::Failed {
             program: "runc".into(),
             what: "checkpoint container web".into(),
             status: "exit status: 1".into(),
             detail: detail.into(),
         };
-        let text = with_log(failed("type NOTIFY errno 0"), "(criu/net.c:1): no").to_string();
+        assert!(with_log(failed("type NOTIFY errno 0"), &log).to_string().ends_with("errno 0"));
+        let died = with_log(failed("read unixpacket @->@: EOF"), &log).to_string();
+        assert!(died.contains("criu was ended") && died.contains("dump.log"), "{died}");
+        std::fs::write(&log, "(00.1) Error (criu/net.c:1): no\n").unwrap();
+        let text = with_log(failed("type NOTIFY errno 0"), &log).to_string();
         assert_eq!(text, "cannot checkpoint container web: runc failed (exit status: 1): (criu/net.c:1): no");
-        assert!(with_log(failed("type NOTIFY errno 0"), "").to_string().ends_with("errno 0"));
+    }
+
+    #[test]
+    fn mount_roots_are_taken_from_the_log_and_lead_nowhere_else() {
+        let log = "mnt: Will mount 62 @ /tmp/.criu.mntns.TVoT7Q/mnt-0062 /sys\n\
+            again /tmp/.criu.mntns.TVoT7Q /tmp/.criu.mntns.x1../../etc /tmp/other /var/.criu.mntns.no\n";
+        let names: Vec<_> = mount_roots(log).into_iter().collect();
+        assert_eq!(names, [".criu.mntns.TVoT7Q", ".criu.mntns.x1.."]);
+    }
+
+    #[test]
+    fn only_a_state_directory_without_a_state_is_forgotten() {
+        let root = tempfile::tempdir().unwrap();
+        let runc = Runc { root: Some(root.path().into()), ..Runc::default() };
+        let (half, whole) = (ContainerId::new("half").unwrap(), ContainerId::new("whole").unwrap());
+        std::fs::create_dir(root.path().join("half")).unwrap();
+        std::fs::create_dir(root.path().join("whole")).unwrap();
+        std::fs::write(root.path().join("whole/state.json"), "{}").unwrap();
+        for id in [&half, &half, &whole] {
+            runc.forget(id).unwrap();
+        }
+        let left: Vec<_> = std::fs::read_dir(root.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert_eq!(left, ["whole"]);
     }
 
     #[tokio::test]
