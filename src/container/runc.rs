@@ -6,7 +6,6 @@
 //! stdin, stdout and stderr, so these are `/dev/null` and runc's messages go to a log file.
 
 use std::{
-    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
     time::Duration,
@@ -20,6 +19,7 @@ use super::{
     Cgroup, CheckpointOptions, ContainerId, ContainerStatus, Error, Inspected, POLL, RestoreSpec, Runtime, absolute,
     bundle::Bundle,
     command::{Call, Said, log_errors, runc_log_errors},
+    leftovers,
     netdrop::lift_criu_lock,
     private_dir, probe,
 };
@@ -300,11 +300,11 @@ impl Runc {
             told("remove the control group", &error);
         }
         for dir in [&spec.work_dir, &spec.image_dir, &spec.state_dir] {
-            if let Err(error) = unmount_yards(dir) {
+            if let Err(error) = leftovers::remove_yards(dir) {
                 told("unmount what criu left", &error);
             }
         }
-        if let Err(error) = remove_mount_roots(&spec.work_dir.join("restore.log")) {
+        if let Err(error) = leftovers::remove_mount_roots(&spec.work_dir.join("restore.log")) {
             told("remove what criu left", &error);
         }
         if let Some(netns) = spec.bundle.netns()
@@ -312,14 +312,17 @@ impl Runc {
         {
             told("free the network", &error);
         }
-        if let Err(error) = std::fs::remove_dir_all(derived) {
+        if let Err(error) = leftovers::remove_flat(derived) {
             told("remove the derived bundle", &error);
         }
     }
 
     async fn do_kill_and_delete(&self, id: &ContainerId) -> Result<(), Error> {
+        let state_dir = self.state_dir(id);
+        // Before runc gets to delete anything: it would delete through the mount.
+        leftovers::unmount_below(&state_dir)?;
         let now = match self.do_inspect(id).await {
-            Err(Error::NoSuchContainer { .. }) => return self.forget(id),
+            Err(Error::NoSuchContainer { .. }) => return leftovers::forget_half_made(&state_dir),
             other => other?,
         };
         if now.pid.is_some() {
@@ -347,18 +350,9 @@ impl Runc {
         }
     }
 
-    /// Frees the id of a container that runc had begun to make when it was killed: its state directory is there, without
-    /// a state in it, so that runc knows no such container and yet refuses the id.
-    fn forget(&self, id: &ContainerId) -> Result<(), Error> {
-        let root = self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT));
-        let dir = root.join(id.as_str());
-        if dir.join("state.json").exists() {
-            return Ok(());
-        }
-        match std::fs::remove_dir_all(&dir) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", dir)(e)),
-            _ => Ok(()),
-        }
+    /// runc's own directory of a container.
+    fn state_dir(&self, id: &ContainerId) -> PathBuf {
+        self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT)).join(id.as_str())
     }
 
     /// A call of runc with its global options.
@@ -434,79 +428,9 @@ fn own_netns(pid: u32, bundle: &Path) -> Result<Option<PathBuf>, Error> {
     Ok(Some(named.filter(|path| inode(path).is_ok_and(|i| i == namespace)).unwrap_or(theirs)))
 }
 
-/// Unmounts the control group trees that a criu which was ended leaves below `dir`, and removes their directories.
-fn unmount_yards(dir: &Path) -> io::Result<()> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    for yard in yards(&mounts, dir) {
-        nix::mount::umount2(&yard, nix::mount::MntFlags::MNT_DETACH)?;
-    }
-    let entries = match std::fs::read_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    for entry in entries.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(".criu.cgyard.") {
-            // Not recursive: what is below would be somebody's control groups.
-            std::fs::remove_dir(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
-/// Removes the directories in `/tmp` on which a criu that was ended had built its mounts, in a mount namespace that is
-/// gone. Its log names them; they are empty here.
-fn remove_mount_roots(log: &Path) -> io::Result<()> {
-    let text = match std::fs::read_to_string(log) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    for root in mount_roots(&text) {
-        match std::fs::remove_dir(Path::new("/tmp").join(root)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
-/// The names `.criu.mntns.*` that a log mentions as below `/tmp`, each once.
-fn mount_roots(log: &str) -> BTreeSet<&str> {
-    let names = log.split("/tmp/").skip(1).filter(|rest| rest.starts_with(".criu.mntns."));
-    names
-        .map(|rest| {
-            let end = rest.find(|c: char| !(c.is_ascii_alphanumeric() || c == '.')).unwrap_or(rest.len());
-            &rest[..end]
-        })
-        .collect()
-}
-
-/// The mount points of criu's yards below `dir`, the innermost first.
-fn yards(mountinfo: &str, dir: &Path) -> Vec<PathBuf> {
-    let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-    let mut yards: Vec<PathBuf> = points
-        .filter(|point| {
-            let below = point.strip_prefix(dir).ok().and_then(|rest| rest.components().next());
-            below.is_some_and(|c| c.as_os_str().to_string_lossy().starts_with(".criu.cgyard."))
-        })
-        .collect();
-    yards.reverse();
-    yards
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_yards_below_the_directory_are_unmounted_innermost_first() {
-        let text = "1 0 0:1 / / rw - ext4 a rw\n\
-            2 1 0:2 / /w/.criu.cgyard.Ab1 rw - tmpfs none rw\n\
-            3 2 0:3 / /w/.criu.cgyard.Ab1/unified rw - cgroup2 cgroup rw\n\
-            4 1 0:4 / /other/.criu.cgyard.Cd2 rw - tmpfs none rw\n\
-            5 1 0:5 / /w/data rw - ext4 b rw\n";
-        let found = yards(text, Path::new("/w"));
-        assert_eq!(found, [Path::new("/w/.criu.cgyard.Ab1/unified"), Path::new("/w/.criu.cgyard.Ab1")]);
-    }
 
     #[test]
     fn the_log_explains_a_failure_better_than_the_program() {
@@ -524,29 +448,6 @@ mod tests {
         std::fs::write(&log, "(00.1) Error (criu/net.c:1): no\n").unwrap();
         let text = with_log(failed("type NOTIFY errno 0"), &log).to_string();
         assert_eq!(text, "cannot checkpoint container web: runc failed (exit status: 1): (criu/net.c:1): no");
-    }
-
-    #[test]
-    fn mount_roots_are_taken_from_the_log_and_lead_nowhere_else() {
-        let log = "mnt: Will mount 62 @ /tmp/.criu.mntns.TVoT7Q/mnt-0062 /sys\n\
-            again /tmp/.criu.mntns.TVoT7Q /tmp/.criu.mntns.x1../../etc /tmp/other /var/.criu.mntns.no\n";
-        let names: Vec<_> = mount_roots(log).into_iter().collect();
-        assert_eq!(names, [".criu.mntns.TVoT7Q", ".criu.mntns.x1.."]);
-    }
-
-    #[test]
-    fn only_a_state_directory_without_a_state_is_forgotten() {
-        let root = tempfile::tempdir().unwrap();
-        let runc = Runc { root: Some(root.path().into()), ..Runc::default() };
-        let (half, whole) = (ContainerId::new("half").unwrap(), ContainerId::new("whole").unwrap());
-        std::fs::create_dir(root.path().join("half")).unwrap();
-        std::fs::create_dir(root.path().join("whole")).unwrap();
-        std::fs::write(root.path().join("whole/state.json"), "{}").unwrap();
-        for id in [&half, &half, &whole] {
-            runc.forget(id).unwrap();
-        }
-        let left: Vec<_> = std::fs::read_dir(root.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(left, ["whole"]);
     }
 
     #[tokio::test]

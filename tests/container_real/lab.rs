@@ -143,6 +143,21 @@ impl Lab {
         std::fs::write(&file, config.to_string()).unwrap();
     }
 
+    /// All paths on the disk.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let (mut found, mut dirs) = (Vec::new(), vec![self.mount()]);
+        while let Some(dir) = dirs.pop() {
+            for entry in std::fs::read_dir(dir).unwrap().map(Result::unwrap) {
+                if entry.file_type().unwrap().is_dir() {
+                    dirs.push(entry.path());
+                }
+                found.push(entry.path());
+            }
+        }
+        found.sort();
+        found
+    }
+
     pub fn script(&self, name: &str, text: &str) -> PathBuf {
         let path = self.path(name);
         std::fs::write(&path, text).unwrap();
