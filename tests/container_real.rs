@@ -3,6 +3,8 @@
 
 #[path = "container_real/lab.rs"]
 mod lab;
+#[path = "container_real/net.rs"]
+mod net;
 
 use std::{
     path::Path,
@@ -14,6 +16,7 @@ use lazy_migrate::container::{
     Bundle, Cgroup, CheckpointOptions, ContainerStatus, Error, ImageFollower, ImageReceiver, NetDrop, RestoreSpec,
     Runc, Runtime, image_receiver::Limits, image_stream, quiesce,
 };
+use net::Net;
 use tokio_util::sync::CancellationToken;
 
 const TCP: CheckpointOptions = CheckpointOptions { tcp_established: true };
@@ -105,6 +108,47 @@ async fn a_streamed_dump_is_restored_elsewhere_while_the_original_stays_paused()
     println!("rollback: {:?}", begun.elapsed());
     lab.counts_beyond(at_freeze + 5).await;
     lab.end(&c).await;
+}
+
+/// The drop holds the client's packets on both sides, so that the connection neither loses data nor gets a reset.
+#[tokio::test]
+async fn a_tcp_connection_lives_over_the_move() {
+    let net = Net::new();
+    let lab = Lab::new("tcp");
+    let runc = Runc::default();
+    lab.serve_echo(&lab.bundle_dir(), &net.path("s"));
+    let c = lab.start("tcp1").await;
+    net.plug("s");
+    let mut client = net.connect().await;
+    client.roundtrip(b"before");
+    let inspected = runc.inspect(&c).await.unwrap();
+    assert_eq!(inspected.netns.as_deref(), Some(net.path("s").as_path()), "the lasting path is the better one");
+
+    let source = NetDrop::for_container(&inspected, "tcp").unwrap();
+    source.install().await.unwrap();
+    runc.freeze(&c).await.unwrap();
+    // Sent into the pause: the frozen side must not acknowledge it.
+    client.send(b"during");
+    runc.checkpoint(&c, lab.path("img"), lab.path("work"), TCP).await.unwrap();
+    let other = lab.copy();
+    lab.serve_echo(&other.bundle_dir(), &net.path("d"));
+    let target = NetDrop::new(net.path("d"), "tcp");
+    target.install().await.unwrap();
+    net.unplug("s");
+    net.plug("d");
+    runc.restore(&id("tcp2"), restore_spec(&lab, &other, "img", "/lazy-migrate-test/tcp2")).await.unwrap();
+    target.remove().await.unwrap();
+    let begun = Instant::now();
+    client.expect(b"during");
+    println!("the client heard again after {:?}", begun.elapsed());
+    client.roundtrip(b"after");
+    assert!(runc.is_frozen(&c).await.unwrap());
+    assert!(source.is_installed().await.unwrap());
+    other.end(&id("tcp2")).await;
+    lab.end(&c).await;
+    // The namespace outlives the container, and so do the rules until they are removed.
+    source.remove().await.unwrap();
+    assert!(!lab::rules(&net.path("d")).contains("CRIU"));
 }
 
 #[tokio::test]

@@ -59,7 +59,7 @@ fn processes() -> Vec<u32> {
     entries.filter_map(|e| e.file_name().to_str()?.parse().ok()).collect()
 }
 
-fn run(package: &str, program: &str, args: &[&str]) {
+pub fn run(package: &str, program: &str, args: &[&str]) {
     let done = Command::new(program).args(args).stdin(Stdio::null()).output();
     let done = done.unwrap_or_else(|e| panic!("cannot run {program}: {e}: install package {package}"));
     assert!(done.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&done.stderr));
@@ -156,6 +156,20 @@ impl Lab {
         }
         found.sort();
         found
+    }
+
+    /// Changes a bundle to one that echoes TCP on port 7000 in a network namespace that outlives it.
+    pub fn serve_echo(&self, bundle: &Path, netns: &Path) {
+        let file = bundle.join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        config["process"]["args"] = json!(["/bin/busybox", "nc", "-ll", "-p", "7000", "-e", "/bin/busybox", "cat"]);
+        config["process"]["capabilities"] = Value::Null;
+        for namespace in config["linux"]["namespaces"].as_array_mut().unwrap() {
+            if namespace["type"] == "network" {
+                namespace["path"] = json!(netns);
+            }
+        }
+        std::fs::write(&file, config.to_string()).unwrap();
     }
 
     pub fn script(&self, name: &str, text: &str) -> PathBuf {
