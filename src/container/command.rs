@@ -97,6 +97,7 @@ impl Call {
             .stdout(output())
             .stderr(output())
             .env("LC_ALL", "C")
+            .env("PATH", search_path())
             .process_group(0)
             .kill_on_drop(true)
             .spawn()
@@ -170,10 +171,9 @@ pub(crate) fn log_errors(log: &Path) -> String {
     for line in text.lines().filter(|l| l.contains("Error (")) {
         let line = plain(line.split_once("Error ").map_or(line, |(_, rest)| rest));
         // Helpers that criu runs and whose failure is explained in another line.
-        if !line.contains("criu/util.c") || line.contains("execvp") {
-            if lines.len() < ERROR_LINES && !lines.contains(&line) {
-                lines.push(line);
-            }
+        let explained_elsewhere = line.contains("criu/util.c") && !line.contains("execvp");
+        if !explained_elsewhere && lines.len() < ERROR_LINES && !lines.contains(&line) {
+            lines.push(line);
         }
     }
     if lines.iter().any(|l| l.contains("iptables-restore") || l.contains("ip6tables-restore")) {
@@ -254,6 +254,13 @@ fn descendants(root: u32) -> Vec<u32> {
     found
 }
 
+/// PATH with the directories that criu, nft and iptables are in: a service or a plain `su` may leave them out.
+fn search_path() -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/local/bin:/usr/bin:/bin".into());
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    path
+}
+
 async fn read_bounded(pipe: Option<impl AsyncRead + Unpin>) -> String {
     let Some(mut pipe) = pipe else { return String::new() };
     let mut kept = Vec::new();
@@ -282,6 +289,10 @@ fn plain(line: &str) -> String {
         rest = rest[at..].split_once('m').map_or("", |(_, after)| after);
     }
     out.push_str(rest);
+    // The log lines that Go programs write when stderr is no terminal: only the message is of interest.
+    if let Some((_, message)) = out.split_once(" msg=\"").filter(|_| out.starts_with("time=")) {
+        out = message.trim_end().trim_end_matches('"').replace("\\n", " ").replace("\\\"", "\"");
+    }
     out.trim().to_owned()
 }
 
@@ -300,6 +311,13 @@ mod tests {
         assert!(!said.success);
         assert_eq!(said.stdout, "out\n");
         assert_eq!(said.why(), "wrong way");
+    }
+
+    #[test]
+    fn log_lines_are_cut_to_their_message() {
+        let line = "time=\"2026-11-21T12:47:28Z\" level=error msg=\"cannot open \\\"x\\\": gone\"";
+        assert_eq!(plain(line), "cannot open \"x\": gone");
+        assert_eq!(plain("a msg=\"b\""), "a msg=\"b\"");
     }
 
     #[tokio::test]

@@ -15,6 +15,7 @@ mod error;
 pub mod image_receiver;
 pub mod image_stream;
 pub mod images;
+mod leftovers;
 mod netdrop;
 mod probe;
 pub mod quiesce;

@@ -69,7 +69,8 @@ impl NetDrop {
         if !self.exists()? {
             return Ok(false);
         }
-        let tables = self.call("look at the rules of").args(["nft", "list", "tables", "inet"]).run_ok().await?;
+        let tables =
+            inside(&self.netns, "look at the rules of").args(["nft", "list", "tables", "inet"]).run_ok().await?;
         Ok(tables.lines().any(|line| line.trim() == format!("table inet {}", self.table)))
     }
 
@@ -78,7 +79,7 @@ impl NetDrop {
     }
 
     async fn nft(&self, what: &str, rules: String) -> Result<(), Error> {
-        let call = self.call(what).args(["nft", "-f", "-"]).input(rules.into_bytes());
+        let call = inside(&self.netns, what).args(["nft", "-f", "-"]).input(rules.into_bytes());
         match call.run_ok().await {
             // nsenter was found, but not what it was to run.
             Err(Error::Failed { detail, .. }) if detail.contains("failed to execute nft") => {
@@ -87,13 +88,32 @@ impl NetDrop {
             other => other.map(drop),
         }
     }
+}
 
-    fn call(&self, what: &str) -> Call {
-        let mut net = std::ffi::OsString::from("--net=");
-        net.push(&self.netns);
-        let what = format!("{what} the network namespace {}", self.netns.display());
-        Call::new(Path::new("nsenter"), "util-linux", what, LIMIT).arg(net)
+/// Removes the rules by which criu holds a network during a dump or a restore, in case it was killed meanwhile: they
+/// would cut the container off for good, and later dumps do not remove them either.
+const LIFT: &str = "for t in iptables ip6tables; do \
+    command -v $t >/dev/null || continue; \
+    $t -w 5 -n -L CRIU >/dev/null 2>&1 || continue; \
+    for c in INPUT OUTPUT; do while $t -w 5 -D $c -j CRIU 2>/dev/null; do :; done; done; \
+    $t -w 5 -F CRIU && $t -w 5 -X CRIU || exit 1; \
+    done";
+
+/// Makes sure that no lock of criu's is in force in a network namespace. No criu may be at work there.
+pub(crate) async fn lift_criu_lock(netns: &Path) -> Result<(), Error> {
+    if !netns.try_exists().map_err(Error::io("look at", netns))? || same_namespace(netns)? {
+        return Ok(());
     }
+    let call = inside(netns, "remove the rules that a killed criu left in");
+    call.args(["sh", "-c", LIFT]).run_ok().await.map(drop)
+}
+
+/// A program that is run in a network namespace, and nowhere else: all its other namespaces stay ours.
+fn inside(netns: &Path, what: &str) -> Call {
+    let mut net = std::ffi::OsString::from("--net=");
+    net.push(netns);
+    let what = format!("{what} the network namespace {}", netns.display());
+    Call::new(Path::new("nsenter"), "util-linux", what, LIMIT).arg(net)
 }
 
 /// Whether the namespace is the one that this process is in.

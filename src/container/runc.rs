@@ -19,9 +19,13 @@ use super::{
     Cgroup, CheckpointOptions, ContainerId, ContainerStatus, Error, Inspected, POLL, RestoreSpec, Runtime, absolute,
     bundle::Bundle,
     command::{Call, Said, log_errors, runc_log_errors},
+    leftovers,
+    netdrop::lift_criu_lock,
     private_dir, probe,
 };
 
+/// Where runc keeps its state when it is run by root and not told otherwise.
+const DEFAULT_ROOT: &str = "/run/runc";
 /// For questions and for what the kernel does at once.
 const QUICK: Duration = Duration::from_secs(20);
 /// How long a container may take to freeze: runc itself gives up after 10 s.
@@ -148,15 +152,27 @@ impl Runc {
 
     async fn do_thaw(&self, id: &ContainerId) -> Result<(), Error> {
         let now = self.do_inspect(id).await?;
-        match now.status {
-            ContainerStatus::Running => {}
-            ContainerStatus::Paused => {
-                let what = format!("thaw container {id}");
-                self.call(&what, QUICK).arg("resume").arg(id.as_str()).run_ok().await?;
+        let lift = async {
+            match &now.netns {
+                Some(netns) => lift_criu_lock(netns).await,
+                None => Ok(()),
             }
-            other => return Err(wrong_state(id, "thaw", other)),
-        }
-        self.wait_frozen(id, false).await
+        };
+        let resume = async {
+            match now.status {
+                ContainerStatus::Running => Ok(()),
+                ContainerStatus::Paused => {
+                    let what = format!("thaw container {id}");
+                    self.call(&what, QUICK).arg("resume").arg(id.as_str()).run_ok().await.map(drop)
+                }
+                other => Err(wrong_state(id, "thaw", other)),
+            }
+        };
+        // At once: a rollback waits for both.
+        let (lifted, resumed) = tokio::join!(lift, resume);
+        resumed?;
+        self.wait_frozen(id, false).await?;
+        lifted
     }
 
     async fn wait_frozen(&self, id: &ContainerId, wanted: bool) -> Result<(), Error> {
@@ -204,7 +220,7 @@ impl Runc {
         if options.tcp_established {
             call = call.arg("--tcp-established");
         }
-        call.arg(id.as_str()).run_ok().await.map_err(|error| with_log(error, &log_errors(&log)))?;
+        call.arg(id.as_str()).run_ok().await.map_err(|error| with_log(error, &log))?;
         // runc was content, but if criu was killed at the very end the group may have been left thawed.
         if cgroup.is_frozen()? { Ok(()) } else { Err(Error::RanOn { id: id.to_string() }) }
     }
@@ -262,7 +278,7 @@ impl Runc {
             call = call.arg("--tcp-established");
         }
         let program = call.program();
-        let said = call.arg(id.as_str()).silent().run().await.map_err(|error| with_log(error, &log_errors(&log)))?;
+        let said = call.arg(id.as_str()).silent().run().await.map_err(|error| with_log(error, &log))?;
         if said.success {
             return Ok(());
         }
@@ -284,18 +300,29 @@ impl Runc {
             told("remove the control group", &error);
         }
         for dir in [&spec.work_dir, &spec.image_dir, &spec.state_dir] {
-            if let Err(error) = unmount_yards(dir) {
+            if let Err(error) = leftovers::remove_yards(dir) {
                 told("unmount what criu left", &error);
             }
         }
-        if let Err(error) = std::fs::remove_dir_all(derived) {
+        if let Err(error) = leftovers::remove_mount_roots(&spec.work_dir.join("restore.log")) {
+            told("remove what criu left", &error);
+        }
+        if let Some(netns) = spec.bundle.netns()
+            && let Err(error) = lift_criu_lock(&netns).await
+        {
+            told("free the network", &error);
+        }
+        if let Err(error) = leftovers::remove_flat(derived) {
             told("remove the derived bundle", &error);
         }
     }
 
     async fn do_kill_and_delete(&self, id: &ContainerId) -> Result<(), Error> {
+        let state_dir = self.state_dir(id);
+        // Before runc gets to delete anything: it would delete through the mount.
+        leftovers::unmount_below(&state_dir)?;
         let now = match self.do_inspect(id).await {
-            Err(Error::NoSuchContainer { .. }) => return Ok(()),
+            Err(Error::NoSuchContainer { .. }) => return leftovers::forget_half_made(&state_dir),
             other => other?,
         };
         if now.pid.is_some() {
@@ -323,7 +350,12 @@ impl Runc {
         }
     }
 
-    /// A call of runc with its global options; warnings that are no errors are kept out of stderr's way.
+    /// runc's own directory of a container.
+    fn state_dir(&self, id: &ContainerId) -> PathBuf {
+        self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT)).join(id.as_str())
+    }
+
+    /// A call of runc with its global options.
     fn call(&self, what: &str, limit: Duration) -> Call {
         let mut call = Call::new(&self.binary, "runc", what, limit);
         if let Some(root) = &self.root {
@@ -361,14 +393,21 @@ fn remove_old(log: &Path) -> Result<(), Error> {
     }
 }
 
-/// Adds what a log says to an error: it knows more than runc does.
-fn with_log(error: Error, told: &str) -> Error {
+/// Adds what criu's log says to an error: it knows more than runc does.
+fn with_log(error: Error, log: &Path) -> Error {
+    let told = log_errors(log);
     match error {
         Error::Failed { program, what, status, .. } if !told.is_empty() => {
-            Error::Failed { program, what, status, detail: told.to_owned() }
+            Error::Failed { program, what, status, detail: told }
         }
-        Error::TimedOut { program, what, limit, .. } if !told.is_empty() => {
-            Error::TimedOut { program, what, limit, detail: format!("; its log says: {told}") }
+        // runc's words for it: its connection to criu was closed.
+        Error::Failed { program, what, status, detail } if detail.contains("unixpacket") => {
+            let detail = format!("criu was ended before it was done; see {}", log.display());
+            Error::Failed { program, what, status, detail }
+        }
+        Error::TimedOut { program, what, limit, .. } => {
+            let detail = if told.is_empty() { format!("; see {}", log.display()) } else { format!(": {told}") };
+            Error::TimedOut { program, what, limit, detail }
         }
         other => other,
     }
@@ -389,64 +428,26 @@ fn own_netns(pid: u32, bundle: &Path) -> Result<Option<PathBuf>, Error> {
     Ok(Some(named.filter(|path| inode(path).is_ok_and(|i| i == namespace)).unwrap_or(theirs)))
 }
 
-/// Unmounts the control group trees that a criu which was ended leaves below `dir`, and removes their directories.
-fn unmount_yards(dir: &Path) -> io::Result<()> {
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    for yard in yards(&mounts, dir) {
-        nix::mount::umount2(&yard, nix::mount::MntFlags::MNT_DETACH)?;
-    }
-    let entries = match std::fs::read_dir(dir) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        other => other?,
-    };
-    for entry in entries.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(".criu.cgyard.") {
-            // Not recursive: what is below would be somebody's control groups.
-            std::fs::remove_dir(entry.path())?;
-        }
-    }
-    Ok(())
-}
-
-/// The mount points of criu's yards below `dir`, the innermost first.
-fn yards(mountinfo: &str, dir: &Path) -> Vec<PathBuf> {
-    let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
-    let mut yards: Vec<PathBuf> = points
-        .filter(|point| {
-            let below = point.strip_prefix(dir).ok().and_then(|rest| rest.components().next());
-            below.is_some_and(|c| c.as_os_str().to_string_lossy().starts_with(".criu.cgyard."))
-        })
-        .collect();
-    yards.reverse();
-    yards
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn only_yards_below_the_directory_are_unmounted_innermost_first() {
-        let text = "1 0 0:1 / / rw - ext4 a rw\n\
-            2 1 0:2 / /w/.criu.cgyard.Ab1 rw - tmpfs none rw\n\
-            3 2 0:3 / /w/.criu.cgyard.Ab1/unified rw - cgroup2 cgroup rw\n\
-            4 1 0:4 / /other/.criu.cgyard.Cd2 rw - tmpfs none rw\n\
-            5 1 0:5 / /w/data rw - ext4 b rw\n";
-        let found = yards(text, Path::new("/w"));
-        assert_eq!(found, [Path::new("/w/.criu.cgyard.Ab1/unified"), Path::new("/w/.criu.cgyard.Ab1")]);
-    }
-
-    #[test]
     fn the_log_explains_a_failure_better_than_the_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("dump.log");
         let failed = |detail: &str| Error::Failed {
             program: "runc".into(),
             what: "checkpoint container web".into(),
             status: "exit status: 1".into(),
             detail: detail.into(),
         };
-        let text = with_log(failed("type NOTIFY errno 0"), "(criu/net.c:1): no").to_string();
+        assert!(with_log(failed("type NOTIFY errno 0"), &log).to_string().ends_with("errno 0"));
+        let died = with_log(failed("read unixpacket @->@: EOF"), &log).to_string();
+        assert!(died.contains("criu was ended") && died.contains("dump.log"), "{died}");
+        std::fs::write(&log, "(00.1) Error (criu/net.c:1): no\n").unwrap();
+        let text = with_log(failed("type NOTIFY errno 0"), &log).to_string();
         assert_eq!(text, "cannot checkpoint container web: runc failed (exit status: 1): (criu/net.c:1): no");
-        assert!(with_log(failed("type NOTIFY errno 0"), "").to_string().ends_with("errno 0"));
     }
 
     #[tokio::test]
