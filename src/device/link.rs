@@ -1,0 +1,126 @@
+//! The connection between a device and the node's own NBD server: a Unix socket pair.
+//!
+//! The node serves one end and negotiates on the other; the negotiated end goes to the kernel:
+//!
+//! ```text
+//! let ends = Ends::new()?;
+//! spawn: keep ends.hang_up, run the NBD server on ends.server
+//! negotiate on ends.client (simple replies only)
+//! Link::new(client, ends.witness)
+//! ```
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdStream;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::net::UnixStream;
+
+/// Send buffer of both ends in bytes: with the default of 208 KiB both sides stall on large requests.
+const SEND_BUFFER: usize = 4 << 20;
+
+/// Both ends of a new connection.
+#[derive(Debug)]
+pub struct Ends {
+    /// For the NBD server.
+    pub server: UnixStream,
+    /// To be kept by the server's task for as long as it runs.
+    pub hang_up: HangUp,
+    /// For the client: to be negotiated on, then for [`Link::new`].
+    pub client: UnixStream,
+    /// For [`Link::new`].
+    pub witness: Witness,
+}
+
+/// Hangs up when dropped. Closing the server's end is not enough: the device keeps a copy of it to watch.
+#[derive(Debug)]
+pub struct HangUp(StdStream);
+
+/// A copy of the server's end, of which nothing is read: it shows whether the kernel holds the other one, and it can
+/// hang up.
+#[derive(Debug)]
+pub struct Witness(StdStream);
+
+/// A connection past the handshake, ready for a device.
+#[derive(Debug)]
+pub struct Link {
+    kernel: OwnedFd,
+    witness: Witness,
+}
+
+impl Ends {
+    /// Makes a socket pair. Call it inside a tokio runtime.
+    pub fn new() -> io::Result<Self> {
+        let (server, client) = StdStream::pair()?;
+        for end in [&server, &client] {
+            // More is better, but without the right to it the default does.
+            let _ = setsockopt(end, sockopt::SndBufForce, &SEND_BUFFER);
+            end.set_nonblocking(true)?;
+        }
+        Ok(Self {
+            hang_up: HangUp(server.try_clone()?),
+            witness: Witness(server.try_clone()?),
+            server: UnixStream::from_std(server)?,
+            client: UnixStream::from_std(client)?,
+        })
+    }
+}
+
+impl Link {
+    /// From the client's end, of which everything that the handshake sent has been read and nothing else.
+    pub fn new(client: UnixStream, witness: Witness) -> io::Result<Self> {
+        let client = client.into_std()?;
+        client.set_nonblocking(false)?;
+        Ok(Self { kernel: client.into(), witness })
+    }
+
+    /// The end for the kernel, and the witness of the other.
+    pub(super) fn into_parts(self) -> (OwnedFd, Witness) {
+        (self.kernel, self.witness)
+    }
+}
+
+impl Witness {
+    /// Ends the connection in both directions, at once, whatever the server is doing.
+    pub(super) fn hang_up(&self) {
+        // It fails only when the connection has ended already.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+impl AsFd for Witness {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_client_sees_the_server_go_although_the_witness_stays() {
+        let mut ends = Ends::new().unwrap();
+        drop(ends.server);
+        drop(ends.hang_up);
+        assert_eq!(ends.client.read(&mut [0; 1]).await.unwrap(), 0);
+        drop(ends.witness);
+    }
+
+    #[tokio::test]
+    async fn the_witness_ends_a_connection_whose_server_does_nothing() {
+        let mut ends = Ends::new().unwrap();
+        ends.witness.hang_up();
+        assert_eq!(ends.client.read(&mut [0; 1]).await.unwrap(), 0);
+        ends.witness.hang_up();
+    }
+}
