@@ -42,6 +42,30 @@ impl Errno {
     }
 }
 
+impl Errno {
+    /// The value as a server may send it: a number that the document does not know (a raw errno of this machine, or 0)
+    /// becomes EIO.
+    pub fn for_the_wire(self) -> Errno {
+        if self.name().is_some() { self } else { Errno::EIO }
+    }
+}
+
+/// The document's value for an error of this machine. EDQUOT and EFBIG become ENOSPC, EROFS becomes EPERM, and what has
+/// no counterpart becomes EIO.
+impl From<&std::io::Error> for Errno {
+    fn from(error: &std::io::Error) -> Errno {
+        use std::io::ErrorKind;
+        match error.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => Errno::EPERM,
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Errno::ENOSPC,
+            ErrorKind::OutOfMemory => Errno::ENOMEM,
+            ErrorKind::InvalidInput => Errno::EINVAL,
+            ErrorKind::Unsupported => Errno::ENOTSUP,
+            _ => Errno::EIO,
+        }
+    }
+}
+
 impl fmt::Debug for Errno {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
@@ -58,3 +82,27 @@ impl fmt::Display for Errno {
 }
 
 impl std::error::Error for Errno {}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn errors_of_this_machine_become_those_of_the_document() {
+        // EROFS, EDQUOT, EFBIG, EOPNOTSUPP, ENXIO on Linux.
+        for (raw, expected) in
+            [(30, Errno::EPERM), (122, Errno::ENOSPC), (27, Errno::ENOSPC), (95, Errno::ENOTSUP), (6, Errno::EIO)]
+        {
+            assert_eq!(Errno::from(&io::Error::from_raw_os_error(raw)), expected, "errno {raw}");
+        }
+    }
+
+    #[test]
+    fn only_numbers_of_the_document_reach_the_wire() {
+        assert_eq!(Errno(122).for_the_wire(), Errno::EIO);
+        assert_eq!(Errno(0).for_the_wire(), Errno::EIO);
+        assert_eq!(Errno::ENOSPC.for_the_wire(), Errno::ENOSPC);
+    }
+}

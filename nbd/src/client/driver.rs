@@ -1,0 +1,216 @@
+//! The task of one client connection.
+//!
+//! Callers queue operations; the task takes what is queued, sends it at once, and hands each completion to its caller.
+//! It owns the stream and the session, so that there is no lock, and a caller that goes away strands nothing: its
+//! request stays in the session until the reply is here, and is then forgotten.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::io::poll_read_buf;
+use tokio_util::sync::CancellationToken;
+
+use super::ClientError;
+use crate::limits::{CLIENT_OUTPUT_HIGH_WATER, CLIENT_QUEUE, CLIENT_REQUESTS_IN_FLIGHT, KEPT_BUFFER, RECEIVE_SPACE};
+use crate::output::Output;
+use crate::proto::client::{Completion, Operation, ProtocolError, Refusal, Reply, Session};
+
+/// How a request ended: answered, or the connection died before.
+pub(super) type Ending = Result<Result<Reply, Refusal>, ClientError>;
+
+/// What callers send to the task.
+pub(super) enum Message {
+    /// An operation, and who waits for it.
+    Request(Operation, oneshot::Sender<Ending>),
+    /// End the connection when all requests are answered.
+    Close,
+}
+
+/// How the connection ended, for everybody who holds a handle.
+#[derive(Default)]
+pub(super) struct Fate {
+    pub(super) closed: CancellationToken,
+    reason: OnceLock<Arc<str>>,
+}
+
+impl Fate {
+    /// The error of requests on a connection that has ended.
+    pub(super) fn error(&self) -> ClientError {
+        ClientError::Closed { reason: self.reason.get().cloned().unwrap_or_else(|| "it is ending".into()) }
+    }
+
+    fn end(&self, reason: &str) {
+        self.reason.get_or_init(|| reason.into());
+        self.closed.cancel();
+    }
+}
+
+/// Ends the fate also when the task is dropped with its runtime.
+struct EndOnDrop(Arc<Fate>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.end("its task was dropped");
+    }
+}
+
+/// Why the task stops.
+#[derive(Debug, thiserror::Error)]
+enum Stop {
+    #[error("it was closed here")]
+    Closed,
+    #[error("the server closed it")]
+    ByServer,
+    #[error("{0}")]
+    Stream(#[from] io::Error),
+    #[error("{0}")]
+    Protocol(#[from] ProtocolError),
+}
+
+/// Whether the connection is to end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    No,
+    /// When every request has been answered.
+    WhenAnswered,
+    /// Every handle is gone, and with it everybody who could wait for a reply: when all requests have been sent.
+    WhenSent,
+}
+
+pub(super) struct Driver<S> {
+    stream: S,
+    session: Session<oneshot::Sender<Ending>>,
+    input: BytesMut,
+    output: Output,
+    messages: mpsc::Receiver<Message>,
+    batch: Vec<Message>,
+    closing: Closing,
+    fate: Arc<Fate>,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
+    pub(super) fn new(
+        stream: S,
+        session: Session<oneshot::Sender<Ending>>,
+        messages: mpsc::Receiver<Message>,
+        fate: Arc<Fate>,
+    ) -> Driver<S> {
+        Driver {
+            stream,
+            session,
+            input: BytesMut::new(),
+            output: Output::default(),
+            messages,
+            batch: Vec::new(),
+            closing: Closing::No,
+            fate,
+        }
+    }
+
+    /// Works until the connection ends; then every request without an answer fails.
+    pub(super) async fn run(mut self) {
+        let end_on_drop = EndOnDrop(self.fate.clone());
+        let stop = poll_fn(|cx| self.poll(cx)).await;
+        if matches!(stop, Stop::Closed) {
+            self.output.extend(&Session::<()>::disconnect());
+            // The server may be gone: it is left in any case.
+            let _ = poll_fn(|cx| self.output.poll_send(&mut self.stream, cx)).await;
+            let _ = self.stream.shutdown().await;
+        }
+        self.fate.end(&stop.to_string());
+        self.messages.close();
+        for waiting in self.session.fail_all() {
+            let _ = waiting.send(Err(self.fate.error()));
+        }
+        while let Some(message) = self.messages.recv().await {
+            if let Message::Request(_, waiting) = message {
+                let _ = waiting.send(Err(self.fate.error()));
+            }
+        }
+        drop(end_on_drop);
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Stop> {
+        match self.try_poll(cx) {
+            Poll::Ready(Err(stop)) => Poll::Ready(stop),
+            Poll::Ready(Ok(())) => Poll::Ready(Stop::Closed),
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    fn try_poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Stop>> {
+        loop {
+            let queued = self.take_messages(cx);
+            let sent = self.output.poll_send(&mut self.stream, cx).map_err(Stop::from)?;
+            let answered = self.closing == Closing::WhenSent || self.session.in_flight() == 0;
+            if self.closing != Closing::No && answered && self.output.is_empty() {
+                return Poll::Ready(Ok(()));
+            }
+            let received = self.receive(cx)?;
+            // Once more if something happened that may have made room or work; else all wakers are set.
+            if received || (queued && sent.is_ready()) {
+                continue;
+            }
+            return Poll::Pending;
+        }
+    }
+
+    /// Takes operations from the queue while there is room. `true` when some were taken.
+    fn take_messages(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut taken = false;
+        while self.closing == Closing::No && self.output.len() < CLIENT_OUTPUT_HIGH_WATER {
+            let room = CLIENT_REQUESTS_IN_FLIGHT.saturating_sub(self.session.in_flight()).min(CLIENT_QUEUE);
+            if room == 0 {
+                break;
+            }
+            match self.messages.poll_recv_many(cx, &mut self.batch, room) {
+                Poll::Pending => break,
+                Poll::Ready(0) => {
+                    self.closing = Closing::WhenSent;
+                }
+                Poll::Ready(_) => {}
+            }
+            taken = true;
+            for message in self.batch.drain(..) {
+                match message {
+                    Message::Close => self.closing = Closing::WhenAnswered,
+                    Message::Request(_, waiting) if waiting.is_closed() => {}
+                    Message::Request(operation, waiting) => {
+                        self.output.extend(&self.session.submit(&operation, waiting));
+                        if let Operation::Write { data, .. } = operation {
+                            self.output.push(data);
+                        }
+                    }
+                }
+            }
+        }
+        taken
+    }
+
+    /// Receives once and completes what has come. `true` when something was received.
+    fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, Stop> {
+        if self.input.is_empty() && self.input.capacity() > KEPT_BUFFER {
+            self.input = BytesMut::new();
+        }
+        let missing = self.session.wanted().saturating_sub(self.input.len());
+        if self.input.capacity() - self.input.len() < missing.max(RECEIVE_SPACE / 4) {
+            self.input.reserve(missing.max(RECEIVE_SPACE));
+        }
+        match poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input)? {
+            Poll::Pending => return Ok(false),
+            Poll::Ready(0) => return Err(Stop::ByServer),
+            Poll::Ready(_) => {}
+        }
+        while let Some(Completion { token, result }) = self.session.receive(&mut self.input)? {
+            // A caller that went away needs no reply.
+            let _ = token.send(Ok(result));
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,59 @@
+//! Every bound of this crate, in one place. A peer decides how much it sends; these decide how much of it is kept.
+
+use std::time::Duration;
+
+/// Longest payload of a READ or WRITE in bytes, announced as the maximum block size.
+pub const MAX_PAYLOAD: u32 = 32 << 20;
+/// Longest data of an option that is kept, in bytes; longer data is thrown away and the option refused.
+pub const MAX_OPTION_DATA: u32 = 64 << 10;
+/// Most meta contexts that one client can choose.
+pub const MAX_CONTEXTS: usize = 64;
+/// How long a client may take from the connect to the transmission phase.
+pub const HANDSHAKE_TIME: Duration = Duration::from_secs(30);
+/// How long a connection that is being shut down waits for requests in flight and for the peer to take its replies.
+pub const DRAIN_TIME: Duration = Duration::from_secs(5);
+/// Connections of one listener, half-open ones included. At the limit, further clients wait in the kernel's queue.
+pub const MAX_CONNECTIONS: usize = 256;
+
+/// Requests of one connection that are waiting for an [`crate::export::Answer::Later`].
+pub const MAX_REQUESTS_IN_FLIGHT: usize = 256;
+/// Bytes of write payloads and of reads that those requests hold. A request larger than what is left still enters when
+/// nothing else is in flight.
+pub const MAX_BYTES_IN_FLIGHT: usize = 64 << 20;
+/// Reply bytes of one connection that are waiting for the peer to read them; above, no further request is taken. One
+/// reply may go beyond it by its own size.
+pub const OUTPUT_HIGH_WATER: usize = 4 << 20;
+/// Extents in one BLOCK_STATUS reply, for each context.
+pub const MAX_STATUS_EXTENTS: usize = 8192;
+
+/// Requests of one client connection that have been sent and not answered.
+pub const CLIENT_REQUESTS_IN_FLIGHT: usize = 1024;
+/// Requests that wait in front of a client connection's task.
+pub const CLIENT_QUEUE: usize = 256;
+/// Bytes that a client connection holds for sending before it takes further requests from its queue.
+pub const CLIENT_OUTPUT_HIGH_WATER: usize = 8 << 20;
+/// Pieces of one split request that are in flight at a time.
+pub const CLIENT_PIECES_IN_FLIGHT: usize = 4;
+/// Longest piece of a request without payload (TRIM, WRITE_ZEROES), in bytes; a multiple of every block size.
+pub const CLIENT_LONGEST_PIECE: u32 = 1 << 30;
+/// Longest data that a client accepts in the reply to an option, in bytes.
+pub const MAX_OPTION_REPLY: u32 = 64 << 10;
+/// Replies that a client accepts to one option: exports of a list, contexts, pieces of information.
+pub const MAX_OPTION_REPLIES: usize = 16 << 10;
+/// Chunks of one READ's reply that a client accepts.
+pub const MAX_READ_CHUNKS: usize = 64 << 10;
+/// Payload of a BLOCK_STATUS chunk that a client accepts, in bytes.
+pub const MAX_STATUS_PAYLOAD: u32 = 8 << 20;
+/// Payload of an error chunk that a client accepts, in bytes.
+pub const MAX_ERROR_PAYLOAD: u32 = 64 << 10;
+
+/// Free space that a receive buffer has before each receive, in bytes.
+pub const RECEIVE_SPACE: usize = 64 << 10;
+/// A buffer that has grown beyond this many bytes is given back when it is empty.
+pub const KEPT_BUFFER: usize = 4 << 20;
+/// Send buffer asked for on Unix sockets, in bytes; the default stalls both ends on large replies.
+pub const SOCKET_SEND_BUFFER: usize = 4 << 20;
+/// How long data may stay unacknowledged before a TCP connection counts as dead.
+pub const TCP_USER_TIMEOUT: Duration = Duration::from_secs(15);
+/// Idle time before TCP keepalive probes, and the time between them.
+pub const TCP_KEEPALIVE: Duration = Duration::from_secs(5);

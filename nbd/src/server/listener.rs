@@ -1,0 +1,204 @@
+//! Accepts clients on an address, and ends in order.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
+use nix::sys::stat::{Mode, fchmod};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::{ServeOptions, serve_connection};
+use crate::address::Address;
+use crate::export::Exports;
+use crate::socket::{tune_tcp, tune_unix};
+
+/// Pause after a failed accept (out of descriptors, say), so that it is not repeated in a tight loop.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Clients that the kernel keeps waiting.
+const BACKLOG: i32 = 128;
+
+/// Why a server cannot listen.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// Another server is there.
+    #[error("cannot listen on {0}: another server is listening there; stop it or choose another address")]
+    InUse(Address),
+    /// Something that is not a socket has the path.
+    #[error("cannot listen on unix:{}: the path exists and is not a socket; remove it or choose another", .0.display())]
+    NotASocket(PathBuf),
+    /// Anything else.
+    #[error("cannot listen on {address}")]
+    Io {
+        /// The address.
+        address: Address,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+enum Socket {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+/// The path of a Unix socket, removed with the listener if it is still the listener's.
+struct UnixPath {
+    path: PathBuf,
+    inode: Option<(u64, u64)>,
+}
+
+impl Drop for UnixPath {
+    fn drop(&mut self) {
+        if self.inode.is_some() && inode(&self.path) == self.inode {
+            // Nothing depends on it: a socket that stays is replaced by the next server.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// A bound address; [`Listener::run`] serves it.
+pub struct Listener {
+    socket: Socket,
+    address: Address,
+    /// Kept to be dropped.
+    path: Option<UnixPath>,
+}
+
+impl Listener {
+    /// Binds an address. A Unix socket can be opened only by its owner (mode 0600); a socket that a dead server left
+    /// behind is replaced, one on which somebody listens is not.
+    ///
+    /// # Errors
+    /// [`ListenError`].
+    pub async fn bind(address: &Address) -> Result<Listener, ListenError> {
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::AddrInUse => ListenError::InUse(address.clone()),
+            _ => ListenError::Io { address: address.clone(), source },
+        };
+        match address {
+            Address::Tcp { host, port } => {
+                let listener = TcpListener::bind((host.as_str(), *port)).await.map_err(failed)?;
+                let port = listener.local_addr().map_err(failed)?.port();
+                let address = Address::Tcp { host: host.clone(), port };
+                Ok(Listener { socket: Socket::Tcp(listener), address, path: None })
+            }
+            Address::Unix(path) => {
+                let listener = match bind_unix(path) {
+                    Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                        remove_stale(path, address).await?;
+                        bind_unix(path)
+                    }
+                    bound => bound,
+                };
+                let listener = listener.map_err(failed)?;
+                let path = Some(UnixPath { inode: inode(path), path: path.clone() });
+                Ok(Listener { socket: Socket::Unix(listener), address: address.clone(), path })
+            }
+        }
+    }
+
+    /// The address, with the real port where port 0 was asked for.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Serves clients until `shutdown`; then accepts no more, and returns when the last connection has ended, which
+    /// takes [`ServeOptions::drain_time`] at most.
+    pub async fn run(self, exports: Arc<dyn Exports>, options: ServeOptions, shutdown: CancellationToken) {
+        let tracker = TaskTracker::new();
+        let options = Arc::new(options);
+        let slots = Arc::new(Semaphore::new(options.max_connections));
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => break,
+                accepted = async {
+                    // The semaphore is never closed.
+                    let slot = slots.clone().acquire_owned().await.map_err(io::Error::other)?;
+                    self.accept().await.map(|stream| (slot, stream))
+                } => accepted,
+            };
+            let (slot, stream) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    tracing::warn!(address = %self.address, %error, "a client could not be accepted");
+                    tokio::select! {
+                        () = shutdown.cancelled() => break,
+                        () = tokio::time::sleep(ACCEPT_PAUSE) => continue,
+                    }
+                }
+            };
+            let (exports, options, shutdown) = (exports.clone(), options.clone(), shutdown.clone());
+            let address = self.address.clone();
+            tracker.spawn(async move {
+                if let Err(error) = serve_connection(stream, exports, &options, shutdown).await {
+                    let cause = std::error::Error::source(&error).map(ToString::to_string);
+                    tracing::info!(%address, %error, cause, "a client was hung up on");
+                }
+                drop(slot);
+            });
+        }
+        // New clients are refused from here on, while the old ones finish.
+        drop((self.path, self.socket));
+        tracker.close();
+        tracker.wait().await;
+    }
+
+    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+        match &self.socket {
+            Socket::Unix(listener) => {
+                let (stream, _) = listener.accept().await?;
+                tune_unix(&stream);
+                Ok(Box::new(stream))
+            }
+            Socket::Tcp(listener) => {
+                let (stream, _) = listener.accept().await?;
+                tune_tcp(&stream);
+                Ok(Box::new(stream))
+            }
+        }
+    }
+}
+
+/// A client's stream, of either kind.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
+
+/// Binds with mode 0600 from the first moment: on Linux the new path takes the mode of the unbound socket.
+fn bind_unix(path: &Path) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::new(BACKLOG)?)?;
+    UnixListener::from_std(fd.into())
+}
+
+async fn remove_stale(path: &Path, address: &Address) -> Result<(), ListenError> {
+    let failed = |source| ListenError::Io { address: address.clone(), source };
+    let is_socket = std::fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket();
+    if !is_socket {
+        return Err(ListenError::NotASocket(path.to_owned()));
+    }
+    match UnixStream::connect(path).await {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            tracing::debug!(%address, "a socket without a server is replaced");
+            std::fs::remove_file(path).map_err(failed)
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(error)),
+        Ok(_) => Err(ListenError::InUse(address.clone())),
+    }
+}
