@@ -32,7 +32,13 @@ pub(super) const DEVICE_PREFIX: &str = "/dev/loop";
 
 const NBDFUSE: Tool = Tool { program: "nbdfuse", package: "libnbd-bin" };
 const LOSETUP: Tool = Tool { program: "losetup", package: "mount" };
+const MODPROBE: Tool = Tool { program: "modprobe", package: "kmod" };
 const FUSERMOUNT: Tool = Tool { program: "fusermount3", package: "fuse3" };
+
+/// Device nodes that are needed, and the modules that bring them where nothing else loads them.
+const MODULES: [(&str, &str); 2] = [("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")];
+/// How long loading a module may take.
+const MODULE_LIMIT: Duration = Duration::from_secs(10);
 
 /// How often a state that changes is looked at.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
@@ -156,6 +162,7 @@ impl Session {
 
     /// Starts nbdfuse and waits until it serves the file. Leaves nothing behind when it fails.
     fn start(request: &AttachRequest, deadline: Instant) -> Result<Self, DeviceError> {
+        load_modules();
         let failed = |what, path: &Path, source| DeviceError::Io { what, path: path.to_owned(), source };
         // As the kernel will name it.
         let directory = DirBuilder::new()
@@ -377,6 +384,18 @@ fn loop_over(session: &Session) -> Option<PathBuf> {
     let entries = fs::read_dir("/sys/block").ok()?;
     let devices = entries.flatten().map(|entry| Path::new("/dev").join(entry.file_name()));
     devices.filter(|device| number_of(device, DEVICE_PREFIX).is_some()).find(|device| session.has_loop(device))
+}
+
+/// Loads what is missing. Where that does not help, nbdfuse or losetup say what they miss.
+fn load_modules() {
+    for (_, module) in MODULES.iter().filter(|(node, _)| !Path::new(node).exists()) {
+        let loaded = MODPROBE.start(&[module.as_ref()]).map(|running| running.finish(Instant::now() + MODULE_LIMIT));
+        match loaded {
+            Ok(Ok(Ok(_))) => {}
+            Ok(Ok(Err(error))) | Err(error) => tracing::debug!("cannot load {module}: {error}"),
+            Ok(Err(_)) => tracing::debug!("cannot load {module}: modprobe hangs"),
+        }
+    }
 }
 
 /// When a process started, in clock ticks since boot; none when there is no such process, or it has ended already.
