@@ -54,34 +54,36 @@ on() {
   inside "host$host" "$programs/lazy-migrate" --control "$work/$host/control.sock" "$@"
 }
 
+# In batches: every process takes its time in a guest.
 make_network() {
   local name
-  for name in wire hosta hostb ca cb client; do
-    ip netns add "$prefix-$name"
-    # No chatter of the kernel's own: the two containers' interfaces have the same address, and the switch learns from
-    # every packet where it is.
-    inside "$name" sh -c 'echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6; echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6' 2>/dev/null || true
-    ip -n "$prefix-$name" link set lo up
-  done
-  for name in hosts service; do
-    ip -n "$prefix-wire" link add "$name" type bridge
-    ip -n "$prefix-wire" link set "$name" up
-  done
-  plug hosta hosts 10.78.0.1/24
-  plug hostb hosts 10.78.0.2/24
-  plug client service 10.77.0.1/24
-  plug ca service 10.77.0.10/24
-  plug cb service 10.77.0.10/24
+  for name in wire hosta hostb ca cb client; do echo "netns add $prefix-$name"; done | ip -b -
+  {
+    for name in hosts service; do printf 'link add %s type bridge\nlink set %s up\n' "$name" "$name"; done
+    while read -r name bridge; do
+      echo "link add $name type veth peer name eth0 netns $prefix-$name"
+      echo "link set $name master $bridge up"
+    done <<<$'hosta hosts\nhostb hosts\nclient service\nca service\ncb service'
+  } | ip -n "$prefix-wire" -b -
+  address hosta 10.78.0.1 up
+  address hostb 10.78.0.2 up
+  address client 10.77.0.1 up
   # The same hardware address as well, so that the client's idea of the container stays true.
-  for name in ca cb; do ip -n "$prefix-$name" link set eth0 address 02:00:00:00:00:77; done
-  for name in hosta hostb client ca; do ip -n "$prefix-$name" link set eth0 up; done
+  address ca 10.77.0.10 up address 02:00:00:00:00:77
+  address cb 10.77.0.10 down address 02:00:00:00:00:77
 }
 
-# plug NAMESPACE BRIDGE ADDRESS: an interface eth0, down as yet, and its other end in the bridge.
-plug() {
-  ip -n "$prefix-wire" link add "$1" type veth peer name eth0 netns "$prefix-$1"
-  ip -n "$prefix-wire" link set "$1" master "$2" up
-  ip -n "$prefix-$1" addr add "$3" dev eth0
+# address NAMESPACE IP up|down [MORE]...: without IPv6's own chatter, for the switch learns from every packet where an
+# address is, and the two containers' interfaces have the same.
+address() {
+  local name=$1 ip=$2 state=$3
+  shift 3
+  ip -n "$prefix-$name" -b - <<B
+link set lo up
+link set eth0 addrgenmode none ${*}
+addr add $ip/24 dev eth0
+link set eth0 $state
+B
 }
 
 # announce HOST: what a network does when an address has moved: the switch hears where it is.
@@ -174,11 +176,15 @@ resumed() {
   return 1
 }
 
-# b_runs: B's container exists, and can run.
+# b_runs: B's container exists and can run: its cgroup is not frozen, and SIGKILL (bit 8) does not wait for it to leave a
+# system call that hangs on the cut link.
 b_runs() {
-  local pid cgroup
+  local pid cgroup pending
   pid=$(timeout 10 "$work/b/runc" state web 2>/dev/null | jq -r 'select(.status != "stopped").pid') || return 1
-  [ -n "$pid" ] || return 1
+  [ -n "$pid" ] && [ -e "/proc/$pid/status" ] || return 1
+  for pending in $(awk '/^(SigPnd|ShdPnd):/ {print $2}' "/proc/$pid/status"); do
+    ((0x$pending & 0x100)) && return 1
+  done
   cgroup=/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")
   [ "$(cat "$cgroup/cgroup.freeze" 2>/dev/null || echo 1)" = 0 ]
 }
