@@ -182,9 +182,9 @@ b_runs() {
   local pid cgroup pending
   pid=$(timeout 10 "$work/b/runc" state web 2>/dev/null | jq -r 'select(.status != "stopped").pid') || return 1
   [ -n "$pid" ] && [ -e "/proc/$pid/status" ] || return 1
-  for pending in $(awk '/^(SigPnd|ShdPnd):/ {print $2}' "/proc/$pid/status"); do
+  while read -r pending; do
     ((0x$pending & 0x100)) && return 1
-  done
+  done < <(awk '/^(SigPnd|ShdPnd):/ {print $2}' "/proc/$pid/status")
   cgroup=/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")
   [ "$(cat "$cgroup/cgroup.freeze" 2>/dev/null || echo 1)" = 0 ]
 }
