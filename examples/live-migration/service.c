@@ -1,0 +1,127 @@
+/* The service that is migrated, alone in its container (static, no shell around it).
+ *
+ * Every 20 ms it appends the next number to /log and makes it durable; it answers every line that a TCP client sends to
+ * port 9000 with that line and the last number that is durable; and now and then it reads a random page of the files in
+ * /data, of which it will never have touched more than a small part. So a lost write, a write done twice, a jump in time
+ * and a disk that is not all there would all show.
+ *
+ *   service IP
+ */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { TICK_MS = 20, TICKS_A_READ = 5, MAX_CLIENTS = 15, PAGE = 4096, LINE = 256 };
+
+static void die(const char *what) {
+    perror(what);
+    exit(1);
+}
+
+static int64_t now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+static void append(int log, unsigned long number) {
+    char line[32];
+    int length = snprintf(line, sizeof line, "%lu\n", number);
+    if (write(log, line, length) != length) die("cannot write /log");
+    if (fdatasync(log) != 0) die("cannot sync /log");
+}
+
+/* Reads a page of a file that is likely not to have been read before. */
+static void touch(int data, off_t size, uint64_t *random) {
+    char page[PAGE];
+    *random ^= *random << 13;
+    *random ^= *random >> 7;
+    *random ^= *random << 17;
+    off_t offset = (off_t)(*random % (uint64_t)(size / PAGE)) * PAGE;
+    if (pread(data, page, PAGE, offset) != PAGE) die("cannot read /data/0");
+}
+
+struct client {
+    int used;
+    char line[LINE];
+};
+
+/* Answers what has arrived; returns 0 when the client is gone. */
+static int answer(int socket, struct client *client, unsigned long number) {
+    ssize_t got = read(socket, client->line + client->used, LINE - 1 - client->used);
+    if (got <= 0) return got < 0 && (errno == EAGAIN || errno == EINTR);
+    client->used += got;
+    client->line[client->used] = 0;
+    for (char *end; (end = strchr(client->line, '\n'));) {
+        char reply[LINE + 32];
+        *end = 0;
+        int length = snprintf(reply, sizeof reply, "%s %lu\n", client->line, number);
+        if (send(socket, reply, length, MSG_NOSIGNAL) != length) return 0;
+        client->used -= end + 1 - client->line;
+        memmove(client->line, end + 1, client->used + 1);
+    }
+    return client->used < LINE - 1;
+}
+
+int main(int argc, char **argv) {
+    if (argc != 2) {
+        fprintf(stderr, "usage: service IP\n");
+        return 2;
+    }
+    int log = open("/log", O_WRONLY | O_CREAT | O_APPEND, 0644);
+    if (log < 0) die("cannot open /log");
+    int data = open("/data/0", O_RDONLY);
+    struct stat stat;
+    if (data < 0 || fstat(data, &stat) != 0) die("cannot open /data/0");
+
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(9000)};
+    struct pollfd polls[1 + MAX_CLIENTS];
+    static struct client clients[1 + MAX_CLIENTS];
+    int count = 1, on = 1;
+    polls[0] = (struct pollfd){.fd = socket(AF_INET, SOCK_STREAM, 0), .events = POLLIN};
+    setsockopt(polls[0].fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    if (inet_pton(AF_INET, argv[1], &address.sin_addr) != 1) die("not an address");
+    if (bind(polls[0].fd, (void *)&address, sizeof address) || listen(polls[0].fd, 8)) die("cannot listen");
+
+    uint64_t random = 88172645463325252u;
+    int64_t next = now_ms();
+    for (unsigned long number = 0;;) {
+        int64_t left = next - now_ms();
+        if (left <= 0) {
+            append(log, ++number);
+            if (number % TICKS_A_READ == 0) touch(data, stat.st_size, &random);
+            next = now_ms() + TICK_MS;
+            continue;
+        }
+        if (poll(polls, count, (int)left) <= 0) continue;
+        for (int i = count - 1; i > 0; i--) {
+            if (!polls[i].revents || answer(polls[i].fd, &clients[i], number)) continue;
+            close(polls[i].fd);
+            count--;
+            polls[i] = polls[count];
+            clients[i] = clients[count];
+        }
+        if (polls[0].revents & POLLIN) {
+            int client = accept(polls[0].fd, NULL, NULL);
+            if (client >= 0 && count > MAX_CLIENTS) {
+                close(client);
+            } else if (client >= 0) {
+                setsockopt(client, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+                fcntl(client, F_SETFL, O_NONBLOCK);
+                clients[count].used = 0;
+                polls[count++] = (struct pollfd){.fd = client, .events = POLLIN};
+            }
+        }
+    }
+}

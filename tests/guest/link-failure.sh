@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The link dies after the container was resumed on B: A takes it back, exactly where it was frozen.
+# tests/run: timeout=600 memory=3072 disk=8
+set -euo pipefail
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+programs=$(mktemp -d)
+for program in service client; do
+  gcc -static -O1 -o "$programs/$program" "$repo/examples/live-migration/$program.c"
+done
+install "$LAZY_MIGRATE_BIN" "$programs/lazy-migrate"
+EXAMPLE_MIB=${EXAMPLE_MIB:-240} "$repo/examples/live-migration/inner.sh" "$programs" --fail-link >"$programs/answer"
+cat "$programs/answer"
+# The client's connection had gone on to B, so it cannot live; one request was on its way when it broke.
+tail -n 1 "$programs/answer" | jq -e '.rolled_back == true and .verified == true and .client_lost <= 2' >/dev/null ||
+  { echo "the answer is not within its limits" >&2; exit 1; }
