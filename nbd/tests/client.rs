@@ -189,6 +189,17 @@ async fn when_the_connection_dies_everybody_is_told_why() {
     assert!(client.flush().await.unwrap_err().is_closed());
 }
 
+#[test]
+fn a_runtime_that_ends_ends_its_connections() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (client, _served) = runtime.block_on(connect(plain(SIZE), true, 65536));
+    drop(runtime);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let error = runtime.block_on(within(client.closed()));
+    assert_eq!(error.to_string(), "the connection to the NBD server is closed: its task was dropped");
+    assert!(runtime.block_on(client.read(0, 1)).unwrap_err().is_closed());
+}
+
 #[tokio::test]
 async fn the_last_handle_says_goodbye() {
     let (client, served) = connect(plain(SIZE), true, 65536).await;
