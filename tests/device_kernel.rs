@@ -16,10 +16,12 @@ use futures::future::BoxFuture;
 use lazy_migrate::device::link::Ends;
 use lazy_migrate::device::{AttachDevice, AttachRequest, DeviceError, Link, Via, flush_buffers, mount, mounts_of};
 use nbd::kernel::{self, KernelError, LinkDeadWatcher};
+use nbd::memory::{MemoryDisk, SingleExport};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const SIZE: usize = 32 << 20;
@@ -364,5 +366,57 @@ async fn dropping_the_cache_shows_what_is_behind_the_device_now() {
     .await;
     assert_eq!((before, stale, after), (0, 0, 5));
     device.detach(LIMIT).await.unwrap();
+    assert_no_device();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[allow(clippy::await_holding_lock, reason = "the lock keeps whole tests apart")]
+async fn the_nodes_own_server_is_behind_the_device() {
+    let _turn = turn();
+    let directory = tempfile::tempdir().unwrap();
+    let _clean_up = CleanUp(directory.path().to_owned());
+    let exports = Arc::new(SingleExport::new("web", Arc::new(MemoryDisk::zeroed(SIZE))));
+    let (tasks, shutdown) = (TaskTracker::new(), Mutex::new(CancellationToken::new()));
+    let connector = || -> BoxFuture<'_, io::Result<Link>> {
+        let token = CancellationToken::new();
+        *shutdown.lock().unwrap() = token.clone();
+        Box::pin(Link::to_export(exports.clone(), "web", &tasks, token))
+    };
+    let device = AttachDevice::attach(&request(), &connector).await.unwrap();
+    let text = device.device().to_str().unwrap().to_owned();
+    off_thread(move || run("mkfs.ext4", "e2fsprogs", &["-q", &text])).await;
+    mount::mount(device.device(), directory.path(), None, &[], LIMIT).await.unwrap();
+    let path = directory.path().to_owned();
+    let write = move |name: &str| {
+        let file = fs::File::create(path.join(name)).unwrap();
+        file.write_all_at(&[3; 1 << 20], 0).unwrap();
+        file.sync_all().unwrap();
+    };
+    let first = write.clone();
+    off_thread(move || first("before")).await;
+
+    // The server shuts down in good order while somebody writes; a new one goes on, and the filesystem notices nothing.
+    shutdown.lock().unwrap().cancel();
+    let writing = tokio::task::spawn_blocking(move || write("during"));
+    let deadline = Instant::now() + LIMIT;
+    let mut device = loop {
+        match AttachDevice::readopt(device.record(), &connector).await {
+            Ok(adopted) => break adopted,
+            // Until the old server has ended.
+            Err(DeviceError::Kernel(KernelError::NotTaken { .. })) if Instant::now() < deadline => {}
+            Err(error) => panic!("{error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    tokio::time::timeout(LIMIT, writing).await.expect("the write is stuck").unwrap();
+    mount::umount(directory.path(), LIMIT).await.unwrap();
+    mount::mount(device.device(), directory.path(), None, &["ro"], LIMIT).await.unwrap();
+    for name in ["before", "during"] {
+        assert!(fs::read(directory.path().join(name)).unwrap() == vec![3; 1 << 20], "{name}");
+    }
+    mount::umount(directory.path(), LIMIT).await.unwrap();
+    device.detach(LIMIT).await.unwrap();
+    tasks.close();
+    tokio::time::timeout(LIMIT, tasks.wait()).await.expect("a server's task goes on after the detach");
     assert_no_device();
 }

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ::nbd::kernel::{self, ConnectParams, IO_TIMEOUT_MS, KernelError, ServerFlags};
-use tokio::time::timeout_at;
+use tokio::time::{sleep, timeout_at};
 
 use super::link::Witness;
 use super::{AttachRequest, Attached, Connector, DeviceError, How, block, blocking, number_of};
@@ -16,6 +16,11 @@ pub(super) const DEVICE_PREFIX: &str = "/dev/nbd";
 
 /// How long a device may take to vanish after it was disconnected.
 const GONE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a new connection is offered while the old one is still there: its server has just been ended.
+const OLD_CONNECTION_LIMIT: Duration = Duration::from_secs(2);
+/// How often.
+const OFFER_INTERVAL: Duration = Duration::from_millis(50);
 
 /// An attached kernel NBD device.
 #[derive(Debug)]
@@ -84,19 +89,32 @@ impl KernelDevice {
         &self.record
     }
 
+    /// Gives the device a new connection. The old one may be about to end, so that is waited for, for a moment.
     pub(super) async fn reconnect(&mut self, connector: &Connector<'_>) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + OLD_CONNECTION_LIMIT;
+        self.witness = Some(loop {
+            match self.offer(connector).await {
+                Err(DeviceError::Kernel(KernelError::NotTaken { .. })) if Instant::now() < deadline => {
+                    sleep(OFFER_INTERVAL).await;
+                }
+                other => break other?,
+            }
+        });
+        Ok(())
+    }
+
+    /// Offers the kernel one new connection.
+    async fn offer(&self, connector: &Connector<'_>) -> Result<Witness, DeviceError> {
         let link =
             connector().await.map_err(|source| DeviceError::Connect { name: self.record.name.clone(), source })?;
         let (index, backend_id) = (self.index, self.backend_id.clone());
-        let witness = blocking(move || {
+        blocking(move || {
             let (socket, witness) = link.into_parts();
             kernel::reconfigure(index, socket, witness.as_fd(), &backend_id, None)?;
             kernel::set_io_timeout(index, IO_TIMEOUT_MS)?;
             Ok(witness)
         })
-        .await?;
-        self.witness = Some(witness);
-        Ok(())
+        .await
     }
 
     pub(super) async fn detach(&mut self, limit: Duration) -> Result<(), DeviceError> {

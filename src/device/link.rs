@@ -1,21 +1,21 @@
 //! The connection between a device and the node's own NBD server: a Unix socket pair.
 //!
-//! The node serves one end and negotiates on the other; the negotiated end goes to the kernel:
-//!
-//! ```text
-//! let ends = Ends::new()?;
-//! spawn: keep ends.hang_up, run the NBD server on ends.server
-//! negotiate on ends.client (simple replies only)
-//! Link::new(client, ends.witness)
-//! ```
+//! [`Link::to_export`] does it all: it serves one end, negotiates on the other (simple replies only, which is all that the
+//! kernel knows), and gives the negotiated end to the device.
 
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
+use std::sync::Arc;
 
+use ::nbd::client::{ConnectOptions, negotiate};
+use ::nbd::export::Exports;
+use ::nbd::server::{Draining, ServeOptions, serve_connection};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::UnixStream;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 /// Send buffer of both ends in bytes: with the default of 208 KiB both sides stall on large requests.
 const SEND_BUFFER: usize = 4 << 20;
@@ -68,6 +68,30 @@ impl Ends {
 }
 
 impl Link {
+    /// Serves an export to a device until the device hangs up or `shutdown`. The server's task runs in `tasks`.
+    ///
+    /// Requests that come while it shuts down are left without an answer: the kernel sends them again to the next server,
+    /// where an error would reach the filesystem.
+    pub async fn to_export(
+        exports: Arc<dyn Exports>,
+        name: &str,
+        tasks: &TaskTracker,
+        shutdown: CancellationToken,
+    ) -> io::Result<Self> {
+        let Ends { server, hang_up, client, witness } = Ends::new()?;
+        let options = ServeOptions { draining: Draining::HangUp, ..ServeOptions::default() };
+        let export = name.to_owned();
+        tasks.spawn(async move {
+            let _hang_up = hang_up;
+            if let Err(error) = serve_connection(server, exports, &options, shutdown).await {
+                tracing::warn!(export, "the connection to the device has ended: {error}");
+            }
+        });
+        let negotiated = negotiate(client, name, &ConnectOptions::default()).await;
+        let (client, _) = negotiated.map_err(io::Error::other)?;
+        Self::new(client, witness)
+    }
+
     /// From the client's end, of which everything that the handshake sent has been read and nothing else.
     pub fn new(client: UnixStream, witness: Witness) -> io::Result<Self> {
         let client = client.into_std()?;
@@ -105,7 +129,33 @@ impl Drop for HangUp {
 mod tests {
     use tokio::io::AsyncReadExt;
 
+    use std::time::Duration;
+
+    use ::nbd::export::Export;
+    use tokio::time::timeout;
+
     use super::*;
+
+    struct NoExports;
+
+    impl Exports for NoExports {
+        fn find(&self, _: &str) -> Option<Arc<dyn Export>> {
+            None
+        }
+
+        fn list(&self) -> Vec<(String, String)> {
+            Vec::new()
+        }
+    }
+
+    #[tokio::test]
+    async fn an_unknown_export_is_refused_and_its_server_ends() {
+        let tasks = TaskTracker::new();
+        let link = Link::to_export(Arc::new(NoExports), "web", &tasks, CancellationToken::new()).await;
+        assert!(link.is_err());
+        tasks.close();
+        timeout(Duration::from_secs(20), tasks.wait()).await.expect("the server's task goes on");
+    }
 
     #[tokio::test]
     async fn the_client_sees_the_server_go_although_the_witness_stays() {
