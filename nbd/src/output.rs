@@ -16,6 +16,8 @@ use crate::limits::KEPT_BUFFER;
 
 /// Shared pieces up to this size are copied, which costs less than one more slice in the send.
 const COPIED: usize = 4096;
+/// The buffer grows by multiples of this.
+const GROWTH: usize = 16 << 10;
 /// Slices given to one vectored send.
 const SLICES: usize = 32;
 
@@ -49,13 +51,6 @@ impl Output {
     /// Room for `length` bytes that are not queued yet; [`Output::commit`] queues them. What stands in it is not
     /// defined.
     pub(crate) fn reserve(&mut self, length: usize) -> &mut [u8] {
-        if self.start == self.end {
-            self.start = 0;
-            self.end = 0;
-            if self.buffer.len() > KEPT_BUFFER && length <= KEPT_BUFFER {
-                self.buffer = Vec::new();
-            }
-        }
         if self.buffer.len() - self.end < length {
             // Moving pays only when little is queued; otherwise the buffer grows.
             if self.start > 0
@@ -66,8 +61,7 @@ impl Output {
                 self.end -= self.start;
                 self.start = 0;
             } else {
-                let size = (self.end + length).next_power_of_two().max(16 << 10);
-                self.buffer.resize(size, 0);
+                self.buffer.resize((self.end + length).next_multiple_of(GROWTH), 0);
             }
         }
         &mut self.buffer[self.end..self.end + length]
@@ -117,6 +111,15 @@ impl Output {
 
     fn sent(&mut self, mut count: usize) {
         self.queued -= count;
+        if self.queued == 0 {
+            self.pieces.clear();
+            self.start = 0;
+            self.end = 0;
+            if self.buffer.len() > KEPT_BUFFER {
+                self.buffer = Vec::new();
+            }
+            return;
+        }
         while count > 0 {
             let Some(piece) = self.pieces.front_mut() else { return };
             let (taken, left) = match piece {
@@ -210,8 +213,7 @@ mod tests {
         assert!(output.buffer.len() <= 16 << 10, "grew to {}", output.buffer.len());
         output.extend(&vec![1; KEPT_BUFFER + 1]);
         drain(&mut output, usize::MAX);
-        output.extend(&[1]);
-        assert!(output.buffer.len() <= 16 << 10);
+        assert!(output.buffer.is_empty());
     }
 
     #[test]

@@ -118,12 +118,14 @@ where
     let negotiating = async {
         let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
         loop {
-            let outcome = negotiation.advance(&mut input, &mut out)?;
-            stream.write_all_buf(&mut out).await.map_err(failed)?;
-            stream.flush().await.map_err(failed)?;
-            if let Some(outcome) = outcome {
-                return Ok(outcome);
+            let outcome = negotiation.advance(&mut input, &mut out);
+            let sent = stream.write_all_buf(&mut out).await;
+            let sent = sent.and(stream.flush().await).map_err(failed);
+            // A server that refused need not take the farewell.
+            if let Some(outcome) = outcome? {
+                return sent.map(|()| outcome);
             }
+            sent?;
             if stream.read_buf(&mut input).await.map_err(failed)? == 0 {
                 return Err(failed(io::ErrorKind::UnexpectedEof.into()));
             }

@@ -51,7 +51,7 @@ impl Fate {
     }
 }
 
-/// Ends the fate also when the task is dropped with its runtime.
+/// Ends the fate also when the task is dropped with its runtime, even before it has run.
 struct EndOnDrop(Arc<Fate>);
 
 impl Drop for EndOnDrop {
@@ -84,6 +84,8 @@ enum Closing {
 }
 
 pub(super) struct Driver<S> {
+    /// First, so that the reason is there before the callers' channels close.
+    fate: EndOnDrop,
     stream: S,
     session: Session<oneshot::Sender<Ending>>,
     input: BytesMut,
@@ -91,7 +93,6 @@ pub(super) struct Driver<S> {
     messages: mpsc::Receiver<Message>,
     batch: Vec<Message>,
     closing: Closing,
-    fate: Arc<Fate>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
@@ -102,6 +103,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
         fate: Arc<Fate>,
     ) -> Driver<S> {
         Driver {
+            fate: EndOnDrop(fate),
             stream,
             session,
             input: BytesMut::new(),
@@ -109,13 +111,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
             messages,
             batch: Vec::new(),
             closing: Closing::No,
-            fate,
         }
     }
 
     /// Works until the connection ends; then every request without an answer fails.
     pub(super) async fn run(mut self) {
-        let end_on_drop = EndOnDrop(self.fate.clone());
         let stop = poll_fn(|cx| self.poll(cx)).await;
         if matches!(stop, Stop::Closed) {
             self.output.extend(&Session::<()>::disconnect());
@@ -123,17 +123,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
             let _ = poll_fn(|cx| self.output.poll_send(&mut self.stream, cx)).await;
             let _ = self.stream.shutdown().await;
         }
-        self.fate.end(&stop.to_string());
+        self.fate.0.end(&stop.to_string());
         self.messages.close();
         for waiting in self.session.fail_all() {
-            let _ = waiting.send(Err(self.fate.error()));
+            let _ = waiting.send(Err(self.fate.0.error()));
         }
         while let Some(message) = self.messages.recv().await {
             if let Message::Request(_, waiting) = message {
-                let _ = waiting.send(Err(self.fate.error()));
+                let _ = waiting.send(Err(self.fate.0.error()));
             }
         }
-        drop(end_on_drop);
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Stop> {

@@ -26,7 +26,7 @@ pub enum ClientError {
     #[error("the connection broke during the handshake")]
     Handshake(#[source] Arc<io::Error>),
     /// The handshake came to nothing.
-    #[error("the server does not serve this")]
+    #[error(transparent)]
     Negotiation(#[from] NegotiationError),
     /// The URI asks for TLS.
     #[error("TLS is not built yet: use nbd:// or nbd+unix://, over a network that can be trusted")]

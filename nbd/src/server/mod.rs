@@ -1,7 +1,8 @@
 //! The server's tokio driver.
 //!
 //! [`serve_connection`] takes one client, over any stream, from the greeting to its end. [`Listener`] accepts clients
-//! on an address and ends in order. How one connection works is told in [`connection`].
+//! on an address and ends in order. How one connection works is told
+//! in `connection.rs`.
 
 mod connection;
 mod flight;

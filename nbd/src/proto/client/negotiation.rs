@@ -162,7 +162,7 @@ impl Negotiation {
     /// [`Goal::List`] that is an ABORT.
     ///
     /// # Errors
-    /// [`NegotiationError`]: hang up.
+    /// [`NegotiationError`]: hang up. After a refusal there is an ABORT to be sent first.
     pub fn advance(&mut self, input: &mut BytesMut, out: &mut BytesMut) -> Result<Option<Outcome>, NegotiationError> {
         loop {
             let outcome = match self.state {
@@ -294,8 +294,11 @@ impl Negotiation {
         }
         if reply.is_error() {
             let message = String::from_utf8_lossy(&data[..data.len().min(MAX_STRING)]).into_owned();
-            self.refused(option, reply, message, out)?;
-            return Ok(None);
+            let refused = self.refused(option, reply, message, out);
+            if refused.is_err() {
+                OptionHeader::encode(OptionCode::ABORT, b"", out);
+            }
+            return refused.map(|()| None);
         }
         match (option, reply) {
             (OptionCode::STRUCTURED_REPLY, OptionReply::ACK) => {
@@ -468,7 +471,10 @@ mod tests {
         let error = play(plan(Goal::Transmission), &script).0.unwrap_err();
         assert_eq!(error.to_string(), "the server has no export \"disk\" (it says: try another)");
         let script = [fixed(), reply(OptionCode::STRUCTURED_REPLY, OptionReply::ERR_TLS_REQD, b"")];
-        assert_eq!(play(plan(Goal::Transmission), &script).0, Err(NegotiationError::TlsRequired(String::new())));
+        let (outcome, sent) = play(plan(Goal::Transmission), &script);
+        assert_eq!(outcome, Err(NegotiationError::TlsRequired(String::new())));
+        let last = OptionHeader::decode(&sent[sent.len() - OptionHeader::LENGTH..]).unwrap();
+        assert_eq!(last.option, OptionCode::ABORT, "it takes leave");
     }
 
     #[test]

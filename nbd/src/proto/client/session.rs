@@ -393,3 +393,7 @@ fn extents(payload: &mut BytesMut, length: u32) -> Result<Vec<Extent>, &'static 
     }
     Ok(extents)
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;

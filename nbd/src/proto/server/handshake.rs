@@ -299,3 +299,7 @@ fn list(exports: &dyn Exports, out: &mut BytesMut) {
     }
     OptionReplyHeader::encode(OptionCode::LIST, OptionReply::ACK, b"", out);
 }
+
+#[cfg(test)]
+#[path = "handshake_tests.rs"]
+mod tests;

@@ -1,0 +1,187 @@
+//! What a server may answer, and what it may not.
+
+use super::*;
+use crate::limits::MAX_PAYLOAD;
+use crate::wire::{MetaContext, TransmissionFlags};
+
+fn negotiated(structured: bool) -> Negotiated {
+    Negotiated {
+        size: 1 << 30,
+        flags: TransmissionFlags::HAS_FLAGS,
+        minimum_block: 1,
+        preferred_block: 4096,
+        maximum_block: MAX_PAYLOAD,
+        structured,
+        contexts: vec![MetaContext { id: 7, name: "base:allocation".into() }],
+        name: None,
+        description: None,
+    }
+}
+
+const READ: Operation = Operation::Read { offset: 1000, length: 8 };
+const STATUS: Operation = Operation::BlockStatus { offset: 0, length: 1000 };
+
+/// A session with one request in flight; its cookie is 1, its token 77.
+fn session(structured: bool, operation: Operation) -> Session<u32> {
+    let mut session = Session::new(&negotiated(structured));
+    let head = session.submit(&operation, 77);
+    assert_eq!(Request::decode(&head).unwrap().cookie, 1);
+    session
+}
+
+fn chunk(kind: ChunkType, done: bool, payload: &[&[u8]]) -> Vec<u8> {
+    let flags = ChunkFlags::NONE.with_if(ChunkFlags::DONE, done);
+    let payload = payload.concat();
+    let mut bytes = ChunkHeader { flags, kind, cookie: 1, length: payload.len() as u32 }.encode().to_vec();
+    bytes.extend(payload);
+    bytes
+}
+
+fn simple(cookie: u64, error: u32) -> Vec<u8> {
+    SimpleReply { error, cookie }.encode().to_vec()
+}
+
+fn receive(session: &mut Session<u32>, bytes: &[u8]) -> Result<Option<Completion<u32>>, ProtocolError> {
+    session.receive(&mut BytesMut::from(bytes))
+}
+
+fn data(bytes: &'static [u8]) -> Result<Option<Completion<u32>>, ProtocolError> {
+    Ok(Some(Completion { token: 77, result: Ok(Reply::Data(Bytes::from_static(bytes))) }))
+}
+
+#[test]
+fn a_read_is_answered_in_either_mode() {
+    let mut plain = simple(1, 0);
+    plain.extend(b"12345678");
+    assert_eq!(receive(&mut session(false, READ), &plain), data(b"12345678"));
+    let one = chunk(ChunkType::OFFSET_DATA, true, &[&1000u64.to_be_bytes(), b"12345678"]);
+    assert_eq!(receive(&mut session(true, READ), &one), data(b"12345678"));
+    let three = [
+        chunk(ChunkType::OFFSET_DATA, false, &[&1006u64.to_be_bytes(), b"gh"]),
+        chunk(ChunkType::OFFSET_HOLE, false, &[&1000u64.to_be_bytes(), &6u32.to_be_bytes()]),
+        chunk(ChunkType::NONE, true, &[]),
+    ];
+    assert_eq!(receive(&mut session(true, READ), &three.concat()), data(b"\0\0\0\0\0\0gh"));
+}
+
+#[test]
+fn data_in_one_piece_is_not_copied() {
+    let mut session = session(true, READ);
+    let mut input = BytesMut::from(&chunk(ChunkType::OFFSET_DATA, true, &[&1000u64.to_be_bytes(), b"12345678"])[..]);
+    let place = input[28..].as_ptr();
+    let Ok(Some(Completion { result: Ok(Reply::Data(data)), .. })) = session.receive(&mut input) else { panic!() };
+    assert_eq!(data.as_ptr(), place);
+}
+
+#[test]
+fn it_asks_for_as_much_as_it_needs() {
+    let mut session = session(false, READ);
+    let mut input = BytesMut::from(&simple(1, 0)[..]);
+    assert_eq!(session.receive(&mut input), Ok(None));
+    assert_eq!(session.wanted(), 24);
+    input.extend_from_slice(b"12345678");
+    assert_eq!(session.receive(&mut input), data(b"12345678"));
+    assert_eq!((session.wanted(), session.in_flight()), (16, 0));
+}
+
+#[test]
+fn refusals_come_in_both_forms_and_the_first_counts() {
+    let refusal = |error, message: &str| {
+        Ok(Some(Completion { token: 77, result: Err(Refusal { error, message: message.into() }) }))
+    };
+    assert_eq!(receive(&mut session(false, READ), &simple(1, 5)), refusal(Errno::EIO, ""));
+    let chunks = [
+        chunk(ChunkType::OFFSET_DATA, false, &[&1000u64.to_be_bytes(), b"1234"]),
+        chunk(ChunkType::ERROR_OFFSET, false, &[&28u32.to_be_bytes(), &[0, 2], b"no", &1004u64.to_be_bytes()]),
+        chunk(ChunkType::ERROR, true, &[&5u32.to_be_bytes(), &[0, 0]]),
+    ];
+    assert_eq!(receive(&mut session(true, READ), &chunks.concat()), refusal(Errno::ENOSPC, "no"));
+    // An error type without a name still is an error.
+    let unknown = chunk(ChunkType(0x8123), true, &[&22u32.to_be_bytes(), &[0, 0], b"more"]);
+    assert_eq!(receive(&mut session(true, READ), &unknown), refusal(Errno::EINVAL, ""));
+}
+
+#[test]
+fn extents_may_end_early_or_reach_beyond_and_are_cut() {
+    let extents = |list: &[(u32, u32)]| {
+        let mut payload = 7u32.to_be_bytes().to_vec();
+        list.iter().for_each(|(length, flags)| {
+            payload.extend(length.to_be_bytes());
+            payload.extend(flags.to_be_bytes());
+        });
+        receive(&mut session(true, STATUS), &chunk(ChunkType::BLOCK_STATUS, true, &[&payload]))
+    };
+    let answer = |list: &[(u64, u64)]| {
+        let extents = list.iter().map(|(length, flags)| Extent { length: *length, flags: *flags }).collect();
+        let status = vec![ContextExtents { id: 7, extents }];
+        Ok(Some(Completion { token: 77, result: Ok(Reply::Status(status)) }))
+    };
+    assert_eq!(extents(&[(10, 3)]), answer(&[(10, 3)]));
+    assert_eq!(extents(&[(900, 0), (u32::MAX, 1)]), answer(&[(900, 0), (100, 1)]));
+    assert!(extents(&[(1000, 0), (1, 0)]).is_err());
+    assert!(extents(&[(0, 0)]).is_err());
+}
+
+#[test]
+fn what_a_hostile_server_sends_ends_the_session() {
+    let offset = 1000u64.to_be_bytes();
+    let status = [7u32.to_be_bytes(), 10u32.to_be_bytes(), [0; 4]].concat();
+    let stranger = [8u32.to_be_bytes(), 10u32.to_be_bytes(), [0; 4]].concat();
+    let trim = Operation::Trim { offset: 0, length: 5, fua: false };
+    let data = |done| chunk(ChunkType::OFFSET_DATA, done, &[&offset, b"12345678"]);
+    let mut unknown_cookie = data(true);
+    unknown_cookie[15] = 9;
+    for (what, operation, bytes) in [
+        ("no magic", READ, vec![0; 20]),
+        ("an unknown cookie", READ, simple(9, 0)),
+        ("an unknown cookie, structured", READ, unknown_cookie),
+        ("a simple reply to a READ", READ, simple(1, 0)),
+        ("a simple error to a READ", READ, simple(1, 5)),
+        ("a simple reply to a BLOCK_STATUS", STATUS, simple(1, 0)),
+        ("data for a TRIM", trim.clone(), data(true)),
+        ("extents for a READ", READ, chunk(ChunkType::BLOCK_STATUS, true, &[&status])),
+        ("an unknown chunk", READ, chunk(ChunkType(77), true, &[])),
+        ("NONE with a payload", READ, chunk(ChunkType::NONE, true, &[b"x"])),
+        ("NONE that is not the last", READ, chunk(ChunkType::NONE, false, &[])),
+        ("data without bytes", READ, chunk(ChunkType::OFFSET_DATA, true, &[&offset])),
+        ("too much data", READ, chunk(ChunkType::OFFSET_DATA, true, &[&offset, b"123456789"])),
+        ("data elsewhere", READ, chunk(ChunkType::OFFSET_DATA, true, &[&0u64.to_be_bytes(), b"12345678"])),
+        ("data twice", READ, [data(false), data(true)].concat()),
+        ("data missing", READ, chunk(ChunkType::OFFSET_DATA, true, &[&offset, b"1234567"])),
+        ("no data", READ, chunk(ChunkType::NONE, true, &[])),
+        ("an empty hole", READ, chunk(ChunkType::OFFSET_HOLE, true, &[&offset, &[0; 4]])),
+        ("a hole of a wrong length", READ, chunk(ChunkType::OFFSET_HOLE, true, &[&offset, &[0; 5]])),
+        ("an error without an error", READ, chunk(ChunkType::ERROR, true, &[&[0; 6]])),
+        ("an error that is too short", READ, chunk(ChunkType::ERROR, true, &[&[5; 5]])),
+        ("an error text beyond its chunk", READ, chunk(ChunkType::ERROR, true, &[&[5; 4], &[0, 9]])),
+        ("a context that was not negotiated", STATUS, chunk(ChunkType::BLOCK_STATUS, true, &[&stranger])),
+        ("extents of odd length", STATUS, chunk(ChunkType::BLOCK_STATUS, true, &[&status, &[1]])),
+        ("no extents", STATUS, chunk(ChunkType::NONE, true, &[])),
+        (
+            "a context twice",
+            STATUS,
+            [chunk(ChunkType::BLOCK_STATUS, false, &[&status]), chunk(ChunkType::BLOCK_STATUS, true, &[&status])]
+                .concat(),
+        ),
+        (
+            "a simple reply in the middle",
+            trim,
+            [chunk(ChunkType::ERROR, false, &[&[0, 0, 0, 5, 0, 0]]), simple(1, 0)].concat(),
+        ),
+    ] {
+        let outcome = receive(&mut session(true, operation), &bytes);
+        assert!(outcome.is_err(), "{what}: {outcome:?}");
+    }
+    let outcome = receive(&mut session(false, READ), &data(true));
+    assert!(outcome.is_err(), "a structured reply that was not negotiated: {outcome:?}");
+}
+
+#[test]
+fn a_payload_that_cannot_be_right_is_refused_before_it_is_buffered() {
+    let length = ChunkHeader { flags: ChunkFlags::DONE, kind: ChunkType::OFFSET_DATA, cookie: 1, length: u32::MAX };
+    assert!(receive(&mut session(true, READ), &length.encode()).is_err());
+    let status = ChunkHeader { kind: ChunkType::BLOCK_STATUS, length: u32::MAX - 3, ..length };
+    assert!(receive(&mut session(true, STATUS), &status.encode()).is_err());
+    let error = ChunkHeader { kind: ChunkType::ERROR, length: u32::MAX, ..length };
+    assert!(receive(&mut session(true, READ), &error.encode()).is_err());
+}

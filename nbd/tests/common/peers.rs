@@ -1,0 +1,145 @@
+//! Programs of others, run by the tests.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbd::address::Address;
+use nbd::client::{Client, ClientError, ConnectOptions};
+use nbd::export::Export;
+use nbd::memory::SingleExport;
+use nbd::server::{Listener, ServeOptions};
+use nbd::uri::NbdUri;
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+/// The system's directories come first: Debian's nbdsh needs Debian's python3.
+const DIRECTORIES: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A program, or a failure that names the Debian package to install.
+pub fn tool(name: &str) -> Command {
+    let package = match name {
+        "nbdinfo" | "nbdcopy" => "libnbd-bin",
+        "nbdsh" => "python3-libnbd",
+        "qemu-img" | "qemu-io" | "qemu-nbd" => "qemu-utils",
+        "nbdkit" => "nbdkit",
+        other => panic!("no package is known for {other}"),
+    };
+    let path = DIRECTORIES.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
+    let path = path.unwrap_or_else(|| panic!("{name} is missing: apt-get install {package}"));
+    let mut command = Command::new(path);
+    command.env("PATH", DIRECTORIES).stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+/// Runs a program to its end; what it printed, or a failure with what it complained of.
+pub async fn run(name: &str, arguments: &[&str]) -> String {
+    let (success, out, error) = attempt(name, arguments).await;
+    assert!(success, "{name} {arguments:?} failed:\n{out}\n{error}");
+    out
+}
+
+/// Runs a program to its end: whether it succeeded, its output and its complaints.
+pub async fn attempt(name: &str, arguments: &[&str]) -> (bool, String, String) {
+    let output = tokio::time::timeout(Duration::from_secs(60), tool(name).args(arguments).output());
+    let output = output.await.unwrap_or_else(|_| panic!("{name} {arguments:?} hangs")).unwrap();
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.success(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Our server on a Unix socket, until it is dropped.
+pub struct OurServer {
+    pub directory: TempDir,
+    _shutdown: DropGuard,
+}
+
+impl OurServer {
+    pub async fn start(export: Arc<dyn Export>) -> OurServer {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = Listener::bind(&Address::Unix(directory.path().join("s"))).await.unwrap();
+        let shutdown = CancellationToken::new();
+        let exports = Arc::new(SingleExport::new("disk", export));
+        tokio::spawn(listener.run(exports, ServeOptions::default(), shutdown.clone()));
+        OurServer { directory, _shutdown: shutdown.drop_guard() }
+    }
+
+    pub fn uri(&self) -> String {
+        format!("nbd+unix:///disk?socket={}", self.path("s"))
+    }
+
+    /// A path in the server's own directory.
+    pub fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).to_str().unwrap().to_owned()
+    }
+}
+
+/// A server of others on a Unix socket, killed when it is dropped.
+pub struct TheirServer {
+    pub directory: TempDir,
+    child: Child,
+}
+
+impl TheirServer {
+    /// `nbdkit` with these arguments; `DIR` in them is the server's directory.
+    pub fn nbdkit(arguments: &[&str]) -> TheirServer {
+        TheirServer::start("nbdkit", &["-f", "--exit-with-parent", "-U", "DIR/s"], arguments, None)
+    }
+
+    /// `qemu-nbd` of an image with this content, as the export `disk`.
+    pub fn qemu_nbd(content: &[u8]) -> TheirServer {
+        let fixed = ["-f", "raw", "-t", "-e", "8", "-x", "disk", "--discard=unmap", "-k", "DIR/s"];
+        TheirServer::start("qemu-nbd", &fixed, &["DIR/image"], Some(content))
+    }
+
+    /// `nbdkit file` of an image with this content.
+    pub fn nbdkit_file(content: &[u8]) -> TheirServer {
+        let fixed = ["-f", "--exit-with-parent", "-U", "DIR/s"];
+        TheirServer::start("nbdkit", &fixed, &["file", "DIR/image"], Some(content))
+    }
+
+    fn start(program: &str, fixed: &[&str], arguments: &[&str], content: Option<&[u8]>) -> TheirServer {
+        let directory = tempfile::tempdir().unwrap();
+        if let Some(content) = content {
+            std::fs::write(directory.path().join("image"), content).unwrap();
+        }
+        let place = directory.path().to_str().unwrap();
+        let arguments = fixed.iter().chain(arguments).map(|argument| argument.replace("DIR", place));
+        let child = tool(program).args(arguments).stdout(Stdio::null()).spawn().unwrap();
+        TheirServer { directory, child }
+    }
+
+    pub fn image(&self) -> PathBuf {
+        self.directory.path().join("image")
+    }
+
+    /// Connects as soon as it listens.
+    pub async fn connect(&mut self, options: &ConnectOptions) -> Client {
+        self.try_connect("disk", options).await.unwrap()
+    }
+
+    pub async fn try_connect(&mut self, export: &str, options: &ConnectOptions) -> Result<Client, ClientError> {
+        let address = Address::Unix(self.directory.path().join("s"));
+        let uri = NbdUri { address, export: export.to_owned(), tls: false };
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            match Client::connect(&uri, options).await {
+                Err(ClientError::Connect { .. }) if tokio::time::Instant::now() < deadline => {
+                    if let Some(status) = self.child.try_wait().unwrap() {
+                        panic!("the server did not start: {status}");
+                    }
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Kills it and waits for its end.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+}
