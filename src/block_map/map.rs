@@ -257,6 +257,8 @@ mod tests {
 
     use super::*;
 
+    type Setter = fn(&BlockMap, BlockRange) -> u64;
+
     #[derive(Clone, Debug)]
     enum Op {
         Present(u64, u64),
@@ -280,7 +282,7 @@ mod tests {
             let map = BlockMap::empty(blocks);
             let (mut present, mut dirty) = (vec![false; blocks as usize], vec![false; blocks as usize]);
             for op in seed {
-                let (plane, (a, b), set): (&mut Vec<bool>, _, fn(&BlockMap, BlockRange) -> u64) = match op {
+                let (plane, (a, b), set): (&mut Vec<bool>, _, Setter) = match op {
                     Op::Present(a, b) => (&mut present, (a, b), BlockMap::set_present),
                     Op::Dirty(a, b) => (&mut dirty, (a, b), BlockMap::set_dirty),
                 };

@@ -75,7 +75,7 @@ impl Flusher {
         receiver.await.unwrap_or(Err(Errno::EIO))
     }
 
-    /// Nothing waits for being made durable: neither bytes nor bits.
+    /// Flushes until nobody waits any more.
     fn run(&self) {
         loop {
             let waiting = {
@@ -95,7 +95,7 @@ impl Flusher {
     }
 
     fn sync_once(&self) -> Outcome {
-        self.unflushed.store(false, Ordering::SeqCst);
+        let unflushed = self.unflushed.swap(false, Ordering::SeqCst);
         let outcome = match &self.map_file {
             None => self.disk.sync().map(drop).map_err(|error| {
                 tracing::error!(
@@ -103,7 +103,7 @@ impl Flusher {
                 );
                 errno_of(&error)
             }),
-            Some(file) => self.sync_with_map(&mut file.lock().unwrap_or_else(PoisonError::into_inner)),
+            Some(file) => self.sync_with_map(unflushed, &mut file.lock().unwrap_or_else(PoisonError::into_inner)),
         };
         if outcome.is_err() {
             self.unflushed.store(true, Ordering::SeqCst);
@@ -112,8 +112,11 @@ impl Flusher {
     }
 
     /// Bits are taken first, then the bytes are made durable, then the bits are written.
-    fn sync_with_map(&self, file: &mut MapFile) -> Outcome {
+    fn sync_with_map(&self, unflushed: bool, file: &mut MapFile) -> Outcome {
         let snapshot = MapFile::snapshot(&self.disk.map);
+        if snapshot.is_empty() && !unflushed {
+            return Ok(());
+        }
         let durable = self.disk.sync().map_err(|error| {
             snapshot.give_back(&self.disk.map);
             tracing::error!("cannot make the disk durable: {error}; FLUSH fails, stop writing and check the storage");

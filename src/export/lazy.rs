@@ -53,7 +53,7 @@ pub(super) struct Inner {
     map_files: Option<MapFiles>,
     rate: Arc<RateMeter>,
     cancel: CancellationToken,
-    tasks: TaskTracker,
+    pub(super) tasks: TaskTracker,
     _cancel_with_the_last: DropGuard,
 }
 

@@ -26,7 +26,7 @@ impl Export for LazyExport {
             } else {
                 self.inner.name.clone()
             },
-            preferred_block: 4096,
+            preferred_block: self.inner.disk.block_size.bytes() as u32,
             multi_conn: true,
             contexts: contexts::NAMES.iter().map(|name| (*name).to_owned()).collect(),
         }

@@ -189,7 +189,7 @@ impl Lab {
     /// The same disk in a new process (of the same boot): the export is dropped, not shut down.
     pub(super) async fn reopen_after_kill(self, change: impl FnOnce(&mut ExportConfig)) -> Lab {
         let Lab { directory, source, store, export } = self;
-        drop(export);
+        end(export).await;
         let export = open(&directory, &source, store.clone(), change).await;
         Lab { directory, source, store, export }
     }
@@ -197,12 +197,19 @@ impl Lab {
     /// The same disk after a power loss: what was not synced is gone, and so is the live map.
     pub(super) async fn reopen_after_power_loss(self) -> Lab {
         let Lab { directory, source, store, export } = self;
-        drop(export);
+        end(export).await;
         std::fs::remove_file(directory.path().join("map.live")).unwrap();
         let store = Arc::new(FaultyStore::from_bytes(store.after_power_loss()));
         let export = open(&directory, &source, store.clone(), |config| config.background = false).await;
         Lab { directory, source, store, export }
     }
+}
+
+/// The tasks of a process end with it: none may go on beside the next one.
+async fn end(export: LazyExport) {
+    let tasks = export.inner.tasks.clone();
+    drop(export);
+    tasks.wait().await;
 }
 
 async fn open(

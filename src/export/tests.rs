@@ -395,7 +395,7 @@ async fn follow(ops: Vec<Op>, background: bool) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, ..ProptestConfig::default() })]
 
     /// Reads, writes, zeroings and trims at odd offsets up to the partial last block, flushes, kills and power losses,
     /// against an array of bytes; without the background pull, and with it racing along.

@@ -376,7 +376,10 @@ impl Fetcher {
                 state.paused = Some((now + NO_SPACE_PAUSE, error));
                 self.set_pull_state(PullState::PausedNoSpace);
             }
-            Ok(()) if flight.class == Class::Background && state.paused.take().is_some() => {
+            // A demand fetch shows that there is room only after the pause: until then blocks may fit by chance.
+            Ok(())
+                if state.paused.take_if(|(until, _)| flight.class == Class::Background || now >= *until).is_some() =>
+            {
                 tracing::info!("the store takes bytes again, the background pull goes on");
                 self.set_pull_state(if self.background() { PullState::Pulling } else { PullState::Off });
             }

@@ -57,3 +57,6 @@ pub trait Store: Send + Sync + 'static {
     /// cannot tell. Bytes between them are holes and read as zeroes.
     fn data_ranges(&self, from: u64, max: usize) -> io::Result<Option<Vec<ByteRange>>>;
 }
+
+#[cfg(test)]
+mod map_tests;

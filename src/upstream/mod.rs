@@ -1,7 +1,7 @@
 //! The NBD server that holds the blocks that an export does not have yet.
 //!
 //! [`Upstream`] says how to get a connection ([`Connect`]) and what its size must be; a [`Connection`] is one of them.
-//! Reconnecting and backoff are the lane's that uses it ([`crate::fetch::lane`]). The NBD client is one implementation of
+//! Reconnecting and backoff are the lane's that uses it (`fetch::lane`). The NBD client is one implementation of
 //! both; the peer link brings its own [`Dialer`]; tests bring in-process ones.
 
 mod nbd_link;
@@ -169,3 +169,6 @@ impl Upstream {
         }
     }
 }
+
+#[cfg(test)]
+mod nbd_tests;
