@@ -8,5 +8,9 @@
 mod support;
 
 mod client;
+mod handover;
+mod pair;
 mod pull;
 mod recovery;
+mod refusals;
+mod rollback;
