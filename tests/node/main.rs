@@ -8,6 +8,7 @@
 mod support;
 
 mod client;
+mod full_disk;
 mod handover;
 mod pair;
 mod pull;
