@@ -45,16 +45,22 @@ pub struct Node {
     /// Where its files and sockets are.
     pub dir: PathBuf,
     arguments: Vec<String>,
+    namespace: Option<String>,
 }
 
 impl Node {
     /// Starts a node in `dir` (made if missing), with more arguments for `serve`, and waits until it answers.
     /// Its NBD socket is `dir/nbd.sock`, its log `dir/log`.
     pub fn start(dir: impl Into<PathBuf>, arguments: &[&str]) -> Node {
+        Node::start_in(None, dir, arguments)
+    }
+
+    /// The same in a network namespace (see `ip netns`); its sockets in `dir` are reached from everywhere.
+    pub fn start_in(namespace: Option<&str>, dir: impl Into<PathBuf>, arguments: &[&str]) -> Node {
         let dir = dir.into();
         std::fs::create_dir_all(&dir).unwrap();
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        let mut node = Node { child: None, dir, arguments };
+        let mut node = Node { child: None, dir, arguments, namespace: namespace.map(str::to_owned) };
         node.start_again();
         node
     }
@@ -63,7 +69,14 @@ impl Node {
     pub fn start_again(&mut self) {
         assert!(self.child.is_none(), "it runs");
         let log = std::fs::File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
-        let mut child = Command::new(program())
+        let mut command = Command::new(program());
+        if let Some(namespace) = &self.namespace {
+            // It becomes the program, so the process number is the node's. `ip netns exec` would make a mount namespace
+            // too, and hold in it what other tests have mounted at the moment.
+            command = Command::new("nsenter");
+            command.args([&format!("--net=/run/netns/{namespace}"), program()]);
+        }
+        let mut child = command
             .arg("serve")
             .args(["--state-dir".as_ref(), self.dir.join("state").as_os_str()])
             .args(["--control".as_ref(), self.control().as_os_str()])
