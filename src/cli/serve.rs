@@ -58,6 +58,7 @@ pub(super) struct ServeArguments {
 pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<()> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(super::answers::watched())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env()
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),

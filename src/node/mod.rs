@@ -207,6 +207,11 @@ impl Node {
             return Err(Failure::refused(format!("{name} cannot be removed: {why}")));
         }
         let _changing = self.begin(name)?;
+        if let Role::Source(source, hold) = disk.role()
+            && let Some(container) = source.view().record.container
+        {
+            hold.open_network(&container).await?;
+        }
         self.forget(&disk).await
     }
 
