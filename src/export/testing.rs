@@ -28,6 +28,8 @@ pub(super) struct Source {
     /// READs that are answered with an error before they work again.
     pub(super) refuse: AtomicU64,
     pub(super) reachable: AtomicBool,
+    /// Further connections are left waiting for ever.
+    pub(super) only_one: AtomicBool,
     /// Rises when all connections die.
     pub(super) cut: watch::Sender<u64>,
     pub(super) claimed_size: AtomicU64,
@@ -54,6 +56,7 @@ impl Source {
             valve_used: AtomicBool::new(false),
             refuse: AtomicU64::new(0),
             reachable: AtomicBool::new(true),
+            only_one: AtomicBool::new(false),
             cut: watch::Sender::new(0),
             claimed_size,
         }
@@ -95,7 +98,10 @@ impl Connect for Dial {
                 let source = std::io::ErrorKind::ConnectionRefused.into();
                 return Err(UpstreamError::Dial { target: self.describe(), source });
             }
-            self.0.connections.fetch_add(1, Ordering::SeqCst);
+            let others = self.0.connections.fetch_add(1, Ordering::SeqCst);
+            if others > 0 && self.0.only_one.load(Ordering::SeqCst) {
+                std::future::pending::<()>().await;
+            }
             Ok(Arc::new(Wire { source: self.0.clone(), cut: self.0.cut.subscribe() }) as Arc<dyn Connection>)
         })
     }
