@@ -213,9 +213,10 @@ impl Lab {
 
 /// The tasks of a process end with it: none may go on beside the next one.
 async fn end(export: LazyExport) {
-    let tasks = export.inner.tasks.clone();
+    let (tasks, flusher) = (export.inner.tasks.clone(), Arc::downgrade(&export.inner.flusher));
     drop(export);
     tasks.wait().await;
+    eventually("the end of the last flush", || flusher.strong_count() == 0).await;
 }
 
 async fn open(
