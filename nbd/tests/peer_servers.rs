@@ -163,7 +163,7 @@ async fn a_server_that_dies_is_noticed() {
         async move { client.read(0, 4096).await }
     });
     client.write(0, Bytes::from_static(b"x"), false).await.unwrap();
-    server.kill().await;
+    server.kill();
     assert!(within(read).await.unwrap().unwrap_err().is_closed());
     assert!(within(client.closed()).await.is_closed());
 }

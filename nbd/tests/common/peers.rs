@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ use nbd::memory::SingleExport;
 use nbd::server::{Listener, ServeOptions};
 use nbd::uri::NbdUri;
 use tempfile::TempDir;
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// The system's directories come first: Debian's nbdsh needs Debian's python3.
@@ -108,7 +108,8 @@ impl TheirServer {
         }
         let place = directory.path().to_str().unwrap();
         let arguments = fixed.iter().chain(arguments).map(|argument| argument.replace("DIR", place));
-        let child = tool(program).args(arguments).stdout(Stdio::null()).spawn().unwrap();
+        let child =
+            tool(program).into_std().args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         TheirServer { directory, child }
     }
 
@@ -139,7 +140,16 @@ impl TheirServer {
     }
 
     /// Kills it and waits for its end.
-    pub async fn kill(&mut self) {
-        self.child.kill().await.unwrap();
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for TheirServer {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
