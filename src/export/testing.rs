@@ -12,7 +12,7 @@ use nbd::wire::Errno;
 use tokio::sync::{Semaphore, watch};
 
 use super::{ExportConfig, LazyExport};
-use crate::store::{FaultyStore, Store};
+use crate::store::{FaultyStore, MapError, MapFile, Store};
 use crate::upstream::{Connect, Connection, ReadError, Upstream, UpstreamError};
 
 /// The disk at the source, and its faults.
@@ -213,10 +213,9 @@ impl Lab {
 
 /// The tasks of a process end with it: none may go on beside the next one.
 async fn end(export: LazyExport) {
-    let (tasks, flusher) = (export.inner.tasks.clone(), Arc::downgrade(&export.inner.flusher));
+    let tasks = export.inner.tasks.clone();
     drop(export);
     tasks.wait().await;
-    eventually("the end of the last flush", || flusher.strong_count() == 0).await;
 }
 
 async fn open(
@@ -227,9 +226,16 @@ async fn open(
 ) -> LazyExport {
     let mut config = ExportConfig::new("disk", directory.path(), "test disk");
     change(&mut config);
+    unlocked(directory).await;
     let export = LazyExport::lazy_on(config, source.upstream(), store as Arc<dyn Store>).await.unwrap();
     export.start();
     export
+}
+
+/// The thread of the last flush lets the map go a moment after it has answered.
+pub(super) async fn unlocked(directory: &tempfile::TempDir) {
+    let map = directory.path().join("map");
+    eventually("the map's lock", || !matches!(MapFile::open(&map), Err(MapError::InUse(_)))).await;
 }
 
 pub(super) async fn done<T>(answer: Answer<T>) -> Result<T, Errno> {

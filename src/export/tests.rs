@@ -9,7 +9,7 @@ use nbd::export::{Export, Extent, STATE_HOLE, STATE_ZERO, ZeroMode};
 use nbd::wire::Errno;
 use proptest::prelude::*;
 
-use super::testing::{Lab, Source, done, eventually, read};
+use super::testing::{Lab, Source, done, eventually, read, unlocked};
 use super::{ExportConfig, ExportError, GateMode, LazyExport, PullState};
 use crate::limits::REGION;
 use crate::store::MapError;
@@ -289,6 +289,7 @@ async fn another_disk_in_the_directory_is_refused_and_left_alone() {
     done(first.write(0, Bytes::from(vec![1; 4096]), false)).await.unwrap();
     first.shutdown().await.unwrap();
     drop(first);
+    unlocked(&directory).await;
     let before = std::fs::read(directory.path().join("map")).unwrap();
     let other = ExportConfig { identity: "two".into(), ..config.clone() };
     let error = LazyExport::lazy(other, source.upstream()).await.map(drop).unwrap_err();
