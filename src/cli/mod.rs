@@ -3,6 +3,7 @@
 mod answers;
 mod disks;
 mod migrate;
+mod progress;
 mod serve;
 mod status;
 

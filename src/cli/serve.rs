@@ -32,6 +32,9 @@ pub(super) struct ServeArguments {
     /// Where peers dial this host [default: the address that its connections come from].
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
+    /// Certificates for the NBD and peer addresses; not in this version.
+    #[arg(long, value_name = "DIR", conflicts_with = "insecure")]
+    tls: Option<PathBuf>,
     /// Listen on other hosts' networks although nothing is encrypted and nobody is authenticated.
     #[arg(long)]
     insecure: bool,
@@ -97,6 +100,12 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
 }
 
 fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
+    if let Some(directory) = &arguments.tls {
+        return Err(usage(format!(
+            "--tls {}: this version has no TLS yet; use a network that is yours alone, and --insecure",
+            directory.display()
+        )));
+    }
     let exposed = arguments.nbd.iter().filter(|address| !is_private(address)).map(ToString::to_string);
     let exposed: Vec<_> = exposed.chain(arguments.peer.iter().filter(|peer| !is_loopback(peer)).cloned()).collect();
     if !exposed.is_empty() {

@@ -80,6 +80,11 @@ impl SourceHold {
         &self.images
     }
 
+    /// Where criu keeps its log meanwhile.
+    pub fn work(&self) -> PathBuf {
+        self.images.with_extension("work")
+    }
+
     /// Looks at a container that is to move: it must run, with the disk's device mounted under it.
     pub async fn inspect(
         &self,
@@ -142,7 +147,7 @@ impl SourceHold {
         // Each was tried, whatever became of the others.
         thawed.and(resumed).and(opened)?;
         *self.lock() = None;
-        remove_tree(&self.images).await
+        self.remove_images().await
     }
 
     /// The container, its mount, its device and its images go; the disk itself stays.
@@ -157,7 +162,12 @@ impl SourceHold {
             self.device.abandon().await?;
             *self.lock() = None;
         }
-        remove_tree(&self.images).await
+        self.remove_images().await
+    }
+
+    async fn remove_images(&self) -> Outcome<()> {
+        remove_tree(&self.images).await?;
+        remove_tree(&self.work()).await
     }
 
     fn net_drop(&self, container: &SourceContainer) -> Option<NetDrop> {
