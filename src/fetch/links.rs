@@ -51,10 +51,10 @@ impl Links {
 
     async fn dial_extra(&self) -> Result<Link, UpstreamError> {
         let shared = || self.demand.borrow().clone().map(|connection| Link { connection, shared: true });
-        if self.only_one.load(Ordering::Acquire) {
-            if let Some(link) = shared() {
-                return Ok(link);
-            }
+        if self.only_one.load(Ordering::Acquire)
+            && let Some(link) = shared()
+        {
+            return Ok(link);
         }
         match tokio::time::timeout(EXTRA_CONNECT_TIMEOUT, self.upstream.connect(Some(self.size))).await {
             Ok(Ok(connection)) => Ok(Link { connection, shared: false }),

@@ -90,7 +90,7 @@ impl LiveMap {
 
     #[allow(unsafe_code)]
     fn slice(&self, at: usize, words: usize) -> &[AtomicU64] {
-        assert!(at % 8 == 0 && at + words * 8 <= self.mapping.len(), "a slice beyond the mapping");
+        assert!(at.is_multiple_of(8) && at + words * 8 <= self.mapping.len(), "a slice beyond the mapping");
         // SAFETY: the range lies within the mapping (checked above), which lives as long as `self`; mappings begin at
         // a page and `at` is a multiple of 8, so the words are aligned; they are only ever used as atomics, also by
         // another process that may have the file mapped; and every bit pattern is a valid u64.
