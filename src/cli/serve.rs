@@ -54,7 +54,7 @@ pub(super) struct ServeArguments {
     #[arg(long, value_name = "DIR")]
     mount_dir: Option<PathBuf>,
     /// How long a destination may run without hearing from here.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = super::values::duration)]
     lease: Duration,
 }
 
