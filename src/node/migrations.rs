@@ -55,7 +55,7 @@ impl Node {
     /// Hands a prepared disk over.
     pub async fn handover(&self, name: &DiskName) -> Outcome<()> {
         let (source, _) = self.disk(name)?.source()?;
-        source.command(SourceEvent::HandOver).await
+        source.command(SourceEvent::HandOver).await.map_err(|failure| failure.context(format!("handover of {name}")))
     }
 
     /// Gives a migration up before the handover. Where there is none, there is nothing to do.

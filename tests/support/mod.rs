@@ -271,3 +271,28 @@ pub fn image(path: &Path, size: u64, seed: u64, data: &[std::ops::Range<u64>]) {
     }
     (&file).flush().unwrap();
 }
+
+/// A TCP port of this machine that nobody uses: outside of the range that outgoing connections take theirs from, so that
+/// a node can be stopped and find it again.
+pub fn free_port() -> u16 {
+    static NEXT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(0);
+    loop {
+        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let port = 12_000 + ((std::process::id() % 1000) as u16 * 20 + number) % 20_000;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+/// A file's BLAKE3 hash.
+pub fn hash(path: &Path) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    std::io::copy(&mut std::fs::File::open(path).unwrap(), &mut hasher).unwrap();
+    hasher.finalize()
+}
+
+/// Bytes that a file takes on its file system.
+pub fn allocated(path: &Path) -> u64 {
+    std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(path).unwrap()) * 512
+}
