@@ -163,6 +163,10 @@ impl Driver {
     async fn run(mut self, mut inbox: mpsc::Receiver<Command>, stop: CancellationToken) {
         let mut pull = self.world.export.complete();
         let mut told_durable = false;
+        if self.machine.record().owned && self.world.hold.is_running().await {
+            // The node was restarted under a container that lives.
+            self.resumed = true;
+        }
         loop {
             self.start_effects();
             self.start_beat();
@@ -193,6 +197,10 @@ impl Driver {
                 outcome = pending(&mut self.resuming) => {
                     self.resuming = None;
                     self.resumed = outcome.is_ok();
+                    if self.resumed {
+                        // Not before: no disk content competes with the pause.
+                        self.world.export.set_background(true);
+                    }
                     if let Err(failure) = &outcome {
                         self.last_error = Some(failure.message.clone());
                     }
@@ -283,8 +291,16 @@ impl Driver {
                 }));
                 return;
             }
+            if effect == DestinationEffect::StartPull && !self.may_pull() {
+                continue;
+            }
             self.running = Some(perform(self.world.clone(), effect, self.progress(), self.subject()));
         }
+    }
+
+    /// A container that moves along is resumed first.
+    fn may_pull(&self) -> bool {
+        self.resumed || self.machine.record().container.is_none()
     }
 
     fn start_beat(&mut self) {
