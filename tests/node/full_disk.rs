@@ -14,7 +14,11 @@ impl SmallDisk {
     fn mount(at: PathBuf, mib: u64) -> SmallDisk {
         assert!(nix::unistd::geteuid().is_root(), "this test mounts a file system: run it as root");
         std::fs::create_dir_all(&at).unwrap();
-        run("mount", "mount", &["-t", "tmpfs", "-o", &format!("size={mib}m"), "lazy-migrate-test", at.to_str().unwrap()]);
+        run(
+            "mount",
+            "mount",
+            &["-t", "tmpfs", "-o", &format!("size={mib}m"), "lazy-migrate-test", at.to_str().unwrap()],
+        );
         SmallDisk(at)
     }
 
@@ -46,7 +50,7 @@ fn pauses_and_goes_on(node_dir: &Path, disk: &SmallDisk, options: &[&str]) {
     assert!(status["missing_bytes"].as_u64().unwrap() > 0, "{status}");
     assert!(node.cli(&["status", "disk"]).contains("PAUSED"));
     let line = node.fails(5, &["wait", "disk", "--timeout", "300ms"]);
-    assert!(line.contains("not Complete"), "{line}");
+    assert!(line.contains("not complete") && line.contains("No space left"), "{line}");
     // A read is answered with the source's bytes, room or not; a write that finds no room says so, and is no loss.
     let mut client = Client::connect(&node.uri("disk"));
     let mut original = std::fs::read(&source).unwrap();
