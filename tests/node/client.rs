@@ -22,13 +22,6 @@ impl Client {
     /// Connects to an export.
     #[track_caller]
     pub fn connect(uri: &str) -> Client {
-        let client = Client::try_connect(uri);
-        client
-            .unwrap_or_else(|| panic!("cannot connect to {uri} with libnbd; is the package python3-libnbd installed?"))
-    }
-
-    /// Connects to an export that may not be there.
-    pub fn try_connect(uri: &str) -> Option<Client> {
         // Debian's own python3: another one does not have Debian's libnbd.
         let mut child = Command::new("/usr/bin/python3")
             .args([SCRIPT, uri])
@@ -44,7 +37,9 @@ impl Client {
             }
         });
         let client = Client { child, requests, answers };
-        (client.answers.recv_timeout(PATIENCE).as_deref() == Ok("connected")).then_some(client)
+        let begun = client.answers.recv_timeout(PATIENCE);
+        assert_eq!(begun.as_deref(), Ok("connected"), "{uri} by libnbd; is the package python3-libnbd installed?");
+        client
     }
 
     /// Sends a request and does not wait for its answer.

@@ -22,8 +22,7 @@ struct Written {
 
 /// Writes numbered sectors until the server is gone; each writer has its own blocks, some whole and some in part, and
 /// the first flushes now and then.
-fn write_until_it_dies(uri: &str, writer: u64, begin: u64, count: &AtomicU64) -> Written {
-    let mut client = Client::connect(uri);
+fn write_until_it_dies(mut client: Client, writer: u64, begin: u64, count: &AtomicU64) -> Written {
     let mut written = Written::default();
     let mut state = writer + begin + 1;
     for number in begin.. {
@@ -47,11 +46,15 @@ fn write_until_it_dies(uri: &str, writer: u64, begin: u64, count: &AtomicU64) ->
 
 /// Writers run against a node, `end` ends it when enough was written; what they know is returned.
 fn write_while(node: &mut Node, begin: u64, enough: u64, end: impl FnOnce(&mut Node)) -> Vec<Written> {
-    let (uri, count) = (node.uri("disk"), AtomicU64::new(0));
+    let count = AtomicU64::new(0);
+    // All are there before the first writes: the end may come soon.
+    let clients: Vec<_> = (0..WRITERS).map(|_| Client::connect(&node.uri("disk"))).collect();
     std::thread::scope(|scope| {
-        let (uri, count) = (&uri, &count);
-        let writers: Vec<_> =
-            (0..WRITERS).map(|writer| scope.spawn(move || write_until_it_dies(uri, writer, begin, count))).collect();
+        let count = &count;
+        let writers: Vec<_> = (0..)
+            .zip(clients)
+            .map(|(writer, client)| scope.spawn(move || write_until_it_dies(client, writer, begin, count)))
+            .collect();
         wait_for("enough writes", || count.load(Ordering::Relaxed) >= enough);
         end(node);
         writers.into_iter().map(|writer| writer.join().unwrap()).collect()
