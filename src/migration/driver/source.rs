@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::container::SourceHold;
 use super::{COMMANDS, SharedJournal, append, denied, driver_gone};
 use crate::clock;
-use crate::error::{Failure, Outcome};
+use crate::error::{Failure, Kind, Outcome};
 use crate::export::{GateMode, LazyExport};
 use crate::migration::lease::Beat;
 use crate::migration::machine::{BeatAnswer, Denied, PeerWord, SourceEffect, SourceEvent, SourceMachine};
@@ -298,6 +298,10 @@ fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) 
 async fn word(world: &SourceWorld, request: &Request, within: Duration) -> PeerWord {
     match world.peer.call(request, within).await {
         Ok(_) => PeerWord::Yes,
+        // It may yet be done, by the command that is being done or by the node when it is back.
+        Err(CallError::Refused(failure)) if failure.retry_after_ms.is_some() || failure.kind == Kind::Unreachable => {
+            PeerWord::Silence(failure)
+        }
         Err(CallError::Refused(failure)) => PeerWord::No(failure),
         Err(CallError::Silent(failure)) => PeerWord::Silence(failure),
     }
