@@ -355,7 +355,7 @@ impl Node {
             tracing::warn!(disk = %disk.name(), %error, "a discarded store could not be synced");
         }
         self.disks.remove_if(disk.name(), |_, found| Arc::ptr_eq(found, disk));
-        if keep { self.move_aside(&disk.directory) } else { super::remove_directory(&disk.directory) }
+        if keep { self.move_aside(&disk.directory) } else { super::remove_directory_aside(&disk.directory).await }
     }
 }
 
