@@ -198,6 +198,8 @@ clean_up() {
   local status=$? host name dir
   trap - EXIT
   trap '' INT TERM HUP # not twice
+  [ -z "${EXAMPLE_LOGS:-}" ] || cp "$work/a/node.log" "$EXAMPLE_LOGS/a.log" 2>/dev/null || true
+  [ -z "${EXAMPLE_LOGS:-}" ] || cp "$work/b/node.log" "$EXAMPLE_LOGS/b.log" 2>/dev/null || true
   [ -z "$client_pid" ] || stop_process "$client_pid"
   for host in a b; do
     [ -x "$work/$host/runc" ] || continue

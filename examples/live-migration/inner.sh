@@ -6,6 +6,7 @@
 #   inner.sh PROGRAMS [--fail-link]     PROGRAMS: the directory with lazy-migrate, service and client
 #   EXAMPLE_MIB (150): size of the files that the container holds
 #   EXAMPLE_SECONDS (3): how long it runs before the move
+#   EXAMPLE_LOGS: a directory that gets the nodes' logs
 #
 #           hosta  10.78.0.1 --+              +-- 10.78.0.2  hostb          the two nodes, and the migration's link
 #                              +---- wire ----+

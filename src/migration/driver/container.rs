@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec, Runtime, quiesce};
 use crate::device::{DeviceSlot, Via, mount, mounts_of};
@@ -19,7 +19,7 @@ use crate::units::Epoch;
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a mount or an unmount may take; a lazily filled disk answers late.
-const MOUNT_LIMIT: Duration = Duration::from_secs(60);
+const MOUNT_LIMIT: Duration = Duration::from_secs(30);
 
 /// The runtimes that this host's operator allows, by name.
 #[derive(Clone, Debug, Default)]
@@ -54,6 +54,18 @@ fn id(text: &str) -> Outcome<ContainerId> {
     ContainerId::new(text).map_err(Failure::usage)
 }
 
+/// A container that may move, as it was found.
+pub struct Found {
+    /// What runs it.
+    pub runtime: Arc<dyn Runtime>,
+    /// Its id.
+    pub id: ContainerId,
+    /// Its control group: says whether it stands still without anybody being asked.
+    pub cgroup: Cgroup,
+    /// What is recorded of it.
+    pub record: SourceContainer,
+}
+
 /// The source's container: frozen until release or rollback.
 pub struct SourceHold {
     owner: String,
@@ -81,17 +93,12 @@ impl SourceHold {
     }
 
     /// Looks at a container that is to move: it must run, with the disk's device mounted under it.
-    pub async fn inspect(
-        &self,
-        container: &str,
-        runtime: &str,
-        tcp_established: bool,
-    ) -> Outcome<(Arc<dyn Runtime>, ContainerId, SourceContainer)> {
+    pub async fn inspect(&self, container: &str, runtime: &str, tcp_established: bool) -> Outcome<Found> {
         let (name, id, runtime) = (runtime, id(container)?, self.runtimes.find(runtime)?);
         let found = runtime.inspect(&id).await.map_err(|error| failed(&error))?;
-        if found.pid.is_none() {
+        let Some(cgroup) = found.cgroup else {
             return Err(Failure::refused(format!("container {id} is {}; only a running one can move", found.status)));
-        }
+        };
         let Some(device) = self.device.device() else {
             return Err(Failure::refused(format!(
                 "the disk of container {id} is not attached by this node; use `lazy-migrate attach`, and run it from there"
@@ -112,7 +119,7 @@ impl SourceHold {
             netns: found.netns.clone(),
             tcp_established,
         };
-        Ok((runtime, id, record))
+        Ok(Found { runtime, id, cgroup, record })
     }
 
     /// From now on a thaw or a release is about this container.
@@ -254,12 +261,17 @@ impl DestinationHold {
         let id = id(&container.id)?;
         let bundle = self.bundle(container)?;
         let mount_point = self.mount_point()?;
+        let begun = Instant::now();
+        let told = |what| tracing::info!(disk = self.disk, elapsed_ms = begun.elapsed().as_millis(), "{what}");
         let device = self.device.attach(Via::Auto, None).await?;
+        told("attached");
         let mounted = mounts_of(&device).map_err(|error| failed(&error))?;
         if !mounted.contains(&mount_point) {
             mount::mount(&device, &mount_point, None, &[], MOUNT_LIMIT).await.map_err(|error| failed(&error))?;
         }
-        bundle.check_rootfs_present(&mount_point).map_err(|error| failed(&error))?;
+        told("mounted");
+        check_rootfs(bundle.clone(), mount_point).await?;
+        told("the root is there");
         let spec = RestoreSpec {
             bundle,
             image_dir: self.places.images(),
@@ -270,12 +282,13 @@ impl DestinationHold {
             limit: RESTORE_LIMIT,
         };
         runtime.restore(&id, spec).await.map_err(|error| failed(&error))?;
+        told("restored");
         if let Some(drop) = self.net_drop()? {
             // A container that comes back finds the rule of its own departure.
             let departed = NetDrop::new(drop.netns(), &source_owner(&self.disk));
-            departed.remove().await.map_err(|error| failed(&error))?;
-            drop.remove().await.map_err(|error| failed(&error))?;
+            drop.remove_with(Some(&departed)).await.map_err(|error| failed(&error))?;
         }
+        told("network open");
         remove_tree(&self.places.images()).await
     }
 
@@ -353,6 +366,21 @@ impl DestinationHold {
         let Some(container) = &self.container else { return Ok(None) };
         let netns = self.bundle(container)?.netns();
         Ok(netns.map(|netns| NetDrop::new(netns, &format!("{}-destination", self.disk))))
+    }
+}
+
+/// Looks for the root on the mounted disk. Not on one of the runtime's own threads: the lookup waits for blocks, which
+/// this very process has to serve and to fetch.
+async fn check_rootfs(bundle: Bundle, mount_point: PathBuf) -> Outcome<()> {
+    let look = tokio::task::spawn_blocking(move || bundle.check_rootfs_present(&mount_point));
+    match tokio::time::timeout(MOUNT_LIMIT, look).await {
+        Ok(Ok(found)) => found.map_err(|error| failed(&error)),
+        Ok(Err(error)) => Err(Failure::failed(format!("cannot look for the container's root: {error}"))),
+        Err(_) => Err(Failure::failed(format!(
+            "the container's root was not found within {} s: the disk does not answer; see whether its source can be \
+             reached",
+            MOUNT_LIMIT.as_secs()
+        ))),
     }
 }
 
