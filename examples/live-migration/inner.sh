@@ -27,32 +27,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-say "two hosts as network namespaces, with one wire"
-make_network
-start_node a
-start_node b
-
-say "A: a disk of $((mib + 100)) MiB as export web, attached, with a filesystem on it"
-truncate -s "$((mib + 100))M" "$work/a/web.img"
-on a add web "$work/a/web.img" >&2
-device=$(on a attach web)
-mkfs.ext4 -q "$device"
-mkdir -p "$work/a/mnt/web"
-mount "$device" "$work/a/mnt/web"
-say "A: the container's root, with $mib MiB of random files, on $device"
-make_root "$work/a/mnt/web/rootfs"
-make_bundle a "$work/a/mnt/web/rootfs"
-make_bundle b "$work/b/mnt/web/rootfs"
-(cd "$work/a/mnt/web/rootfs" && sha256sum data/*) >"$work/sums"
-sync -f "$work/a/mnt/web"
-
-"$work/a/runc" run -d -b "$work/a/bundles/web" web </dev/null >/dev/null 2>&1 ||
-  fail "runc could not start the container: $("$work/a/runc" run -b "$work/a/bundles/web" web 2>&1 </dev/null | tail -n 3)"
-log_a=$work/a/mnt/web/rootfs/log log_b=$work/b/mnt/web/rootfs/log
-wait_until 30 "the service does not write to its log" log_above "$log_a" 3
-announce a
-start_client
-open_b
+set_the_stage
 sleep "$seconds"
 say "A: the service has written $(last_line "$log_a") numbers to its disk, and answers the client"
 
