@@ -238,6 +238,18 @@ clean_up() {
   [ -z "${EXAMPLE_LOGS:-}" ] || cp "$work/a/node.log" "$EXAMPLE_LOGS/a.log" 2>/dev/null || true
   [ -z "${EXAMPLE_LOGS:-}" ] || cp "$work/b/node.log" "$EXAMPLE_LOGS/b.log" 2>/dev/null || true
   [ -z "$client_pid" ] || stop_process "$client_pid"
+  for host in "${!node_pid[@]}"; do kill "${node_pid[$host]}" 2>/dev/null || true; done
+  for host in "${!node_pid[@]}"; do
+    for _ in $(seq 100); do
+      kill -0 "${node_pid[$host]}" 2>/dev/null || break
+      sleep 0.1
+    done
+    kill -KILL "${node_pid[$host]}" 2>/dev/null || true
+  done
+  # All of it is thrown away; and a disk that is fenced would hold whoever waits for it, for ever.
+  for dir in /sys/block/nbd*; do
+    ! grep -qs "$work/" "$dir/backend" || timeout 20 nbd-client -d "/dev/${dir##*/}" >/dev/null 2>&1 || true
+  done
   for host in a b; do
     [ -x "$work/$host/runc" ] || continue
     for name in $("$work/$host/runc" list -q 2>/dev/null); do
@@ -248,19 +260,9 @@ clean_up() {
     done
     for dir in "$work/$host/mnt"/*; do
       mountpoint -q "$dir" 2>/dev/null || continue
-      fsfreeze -u "$dir" 2>/dev/null || true
+      timeout 20 fsfreeze -u "$dir" 2>/dev/null || true
       timeout 20 umount "$dir" 2>/dev/null || umount -l "$dir" 2>/dev/null || true
     done
-    timeout 20 nsenter --net="/run/netns/$prefix-host$host" "$programs/lazy-migrate" --control "$work/$host/control.sock" \
-      detach web >/dev/null 2>&1 || true
-  done
-  for host in "${!node_pid[@]}"; do kill "${node_pid[$host]}" 2>/dev/null || true; done
-  for host in "${!node_pid[@]}"; do
-    for _ in $(seq 100); do
-      kill -0 "${node_pid[$host]}" 2>/dev/null || break
-      sleep 0.1
-    done
-    kill -KILL "${node_pid[$host]}" 2>/dev/null || true
   done
   for name in wire hosta hostb ca cb client; do ip netns del "$prefix-$name" 2>/dev/null || true; done
   for host in a b; do rmdir "/sys/fs/cgroup/$prefix-$host" 2>/dev/null || true; done

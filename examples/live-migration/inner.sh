@@ -48,7 +48,7 @@ if [ "$fail_link" = 0 ]; then
   [ "$(last_line "$log_b")" -ge "$(jq .last_number "$work/client.json")" ] ||
     { say "B: a number that the client was told is durable is not in the log"; verified=false; }
   # Read from the disk, not from what was cached while it was being filled.
-  sync && echo 3 >/proc/sys/vm/drop_caches
+  sync -f "$work/b/mnt/web" && echo 3 >/proc/sys/vm/drop_caches
   (cd "$work/b/mnt/web/rootfs" && sha256sum --quiet -c "$work/sums" >&2) || { say "B: files differ"; verified=false; }
   jq -c -n --slurpfile m "$work/migrate.json" --slurpfile c "$work/client.json" --argjson verified "$verified" '
     {frozen_ms: $m[0].frozen_ms, client_longest_gap_ms: $c[0].longest_gap_ms, client_lost: $c[0].lost,
@@ -90,7 +90,8 @@ say "A: the service went on from $frozen_at and is at $(last_line "$log_a")"
 wait_until 30 "the client gets no replies from A" client_lives
 stop_client
 [ "$first_sum" = "$second_sum" ] || { say "A: the disk changed between handover and rollback"; verified=false; }
-sync && echo 3 >/proc/sys/vm/drop_caches
+# Not a sync of everything: B's fenced disk would hold it.
+sync -f "$work/a/mnt/web" && echo 3 >/proc/sys/vm/drop_caches
 (cd "$work/a/mnt/web/rootfs" && sha256sum --quiet -c "$work/sums" >&2) || { say "A: files differ"; verified=false; }
 jq -c -n --slurpfile c "$work/client.json" --argjson status "$status" --argjson verified "$verified" \
   --argjson total "$((($(date +%s%N) - began) / 1000000))" '

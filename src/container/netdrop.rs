@@ -97,8 +97,11 @@ impl NetDrop {
 }
 
 /// Removes the rules by which criu holds a network during a dump or a restore, in case it was killed meanwhile: they
-/// would cut the container off for good, and later dumps do not remove them either.
-const LIFT: &str = "for t in iptables ip6tables; do \
+/// would cut the container off for good, and later dumps do not remove them either. One look says that there are none,
+/// which is nearly always: rules of both kinds of iptables, the one over nftables and the old one.
+const LIFT: &str = "if command -v nft >/dev/null && ! nft list chains | grep -qw CRIU \
+        && ! grep -qs . /proc/self/net/ip_tables_names /proc/self/net/ip6_tables_names; then exit 0; fi; \
+    for t in iptables ip6tables; do \
     command -v $t >/dev/null || continue; \
     $t -w 5 -n -L CRIU >/dev/null 2>&1 || continue; \
     for c in INPUT OUTPUT; do while $t -w 5 -D $c -j CRIU 2>/dev/null; do :; done; done; \

@@ -109,7 +109,7 @@ impl Run {
         let hold = &self.world.hold;
         // Before the pause: it costs round trips.
         let stream = self.dial().await?;
-        hold.hold(record.clone());
+        hold.hold(found);
         self.world.source.command(SourceEvent::Freezing(record.clone())).await?;
         let frozen_at = Instant::now();
         hold.freeze(&**runtime, id).await?;
