@@ -159,10 +159,13 @@ impl Node {
         match timeout {
             None => waited.await?,
             Some(timeout) => tokio::time::timeout(timeout, waited).await.map_err(|_| {
+                let status = disk.status();
                 Failure::timed_out(format!(
-                    "{name} is not {what:?} after {:.1} s: it is {}",
+                    "{name} is not {} after {:.1} s: it is {}{}",
+                    format!("{what:?}").to_lowercase(),
                     timeout.as_secs_f64(),
-                    disk.status().phase
+                    status.phase,
+                    status.paused.map(|why| format!(", and paused: {why}")).unwrap_or_default()
                 ))
             })??,
         }

@@ -95,6 +95,9 @@ impl Running {
             _lock: lock,
         });
         node.restore().await?;
+        for (name, image) in &node.config.disks {
+            node.add(name.clone(), image.clone()).await?;
+        }
         let tasks = TaskTracker::new();
         for listener in listeners {
             let exports = Arc::new(exports::AllExports(node.clone()));

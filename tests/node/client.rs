@@ -23,7 +23,8 @@ impl Client {
     #[track_caller]
     pub fn connect(uri: &str) -> Client {
         let client = Client::try_connect(uri);
-        client.unwrap_or_else(|| panic!("cannot connect to {uri} with libnbd; is the package python3-libnbd installed?"))
+        client
+            .unwrap_or_else(|| panic!("cannot connect to {uri} with libnbd; is the package python3-libnbd installed?"))
     }
 
     /// Connects to an export that may not be there.

@@ -50,9 +50,8 @@ fn write_while(node: &mut Node, begin: u64, enough: u64, end: impl FnOnce(&mut N
     let (uri, count) = (node.uri("disk"), AtomicU64::new(0));
     std::thread::scope(|scope| {
         let (uri, count) = (&uri, &count);
-        let writers: Vec<_> = (0..WRITERS)
-            .map(|writer| scope.spawn(move || write_until_it_dies(uri, writer, begin, count)))
-            .collect();
+        let writers: Vec<_> =
+            (0..WRITERS).map(|writer| scope.spawn(move || write_until_it_dies(uri, writer, begin, count))).collect();
         wait_for("enough writes", || count.load(Ordering::Relaxed) >= enough);
         end(node);
         writers.into_iter().map(|writer| writer.join().unwrap()).collect()
@@ -143,8 +142,8 @@ fn the_pull_goes_on_after_a_restart_and_fetches_nothing_twice() {
     node.cli(&["pull", "disk", "--from", &upstream.uri(), "--rate", &(16 * MIB).to_string()]);
     let (mut fetched, mut missing) = (0, SIZE);
     for _ in 0..2 {
-        let status = node
-            .wait_status("disk", "further", |status| status["missing_bytes"].as_u64().unwrap() + 8 * MIB < missing);
+        let status =
+            node.wait_status("disk", "further", |status| status["missing_bytes"].as_u64().unwrap() + 8 * MIB < missing);
         missing = status["missing_bytes"].as_u64().unwrap();
         assert!(missing > 0, "it is killed while it pulls");
         node.kill();
