@@ -7,7 +7,7 @@
 #     --guest      in a QEMU guest, --here on this kernel; without either: here if this kernel has the NBD device and a
 #                  working criu, otherwise in the guest
 #
-# For Debian 12 or later, as root. Installs what is missing with apt and builds with cargo (1.85 or later has to be
+# For Debian 12 or later, as root. Installs what is missing with apt and builds with cargo (1.88 or later has to be
 # there). The timeline comes on stderr; stdout ends with one line of JSON. Cleans up after itself; the packages stay.
 # EXAMPLE_MIB and EXAMPLE_SECONDS: see examples/live-migration/inner.sh. LAZY_MIGRATE: a binary that is already built.
 set -euo pipefail

@@ -38,7 +38,7 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a second connection may take before the background pull shares the demand connection: some servers
 /// (`qemu-nbd` without `--shared`) leave it waiting for as long as the first one lives.
-pub const EXTRA_CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+pub const EXTRA_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A connection with requests in flight and no reply for this long counts as lost.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);

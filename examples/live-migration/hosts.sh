@@ -196,7 +196,8 @@ stop_process() {
 
 clean_up() {
   local status=$? host name dir
-  trap - EXIT INT TERM HUP
+  trap - EXIT
+  trap '' INT TERM HUP # not twice
   [ -z "$client_pid" ] || stop_process "$client_pid"
   for host in a b; do
     [ -x "$work/$host/runc" ] || continue

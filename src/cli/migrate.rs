@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::answers::{Answer, bytes, watched};
+use super::answers::{Answer, bytes};
+use super::progress::Progress;
 use crate::control::api::{
     MigrateAsk, MigrateEvent, MigrateReport, PrepareCommand, RollbackAsk, RollbackReport, VerifyReport,
 };
@@ -122,16 +123,15 @@ pub(super) async fn rollback(
     })
 }
 
-/// Shows what happens while it happens, on stderr: the answer alone goes to stdout.
+/// Shows what happens while it happens.
 struct Timeline {
     name: String,
-    bar: Option<indicatif::ProgressBar>,
-    last_tenth: u64,
+    progress: Progress,
 }
 
 impl Timeline {
     fn new(name: &DiskName) -> Self {
-        Self { name: name.to_string(), bar: None, last_tenth: 0 }
+        Self { name: name.to_string(), progress: Progress::new(name) }
     }
 
     fn show(&mut self, event: MigrateEvent) -> Option<Outcome<MigrateReport>> {
@@ -146,44 +146,19 @@ impl Timeline {
             MigrateEvent::Resumed { at_ms, frozen_ms } => {
                 eprintln!("{at_ms:>7} ms  {name}: resumed, frozen for {frozen_ms} ms");
             }
-            MigrateEvent::Progress { present_bytes, size, pull_rate } => self.progress(present_bytes, size, pull_rate),
+            MigrateEvent::Progress { present_bytes, size, pull_rate } => {
+                self.progress.show(present_bytes, size, pull_rate);
+            }
             MigrateEvent::Complete(report) => {
-                self.finish();
+                self.progress.finish();
                 eprintln!("{:>7.0} ms  {}: complete", report.total_s * 1000.0, self.name);
                 return Some(Ok(report));
             }
             MigrateEvent::Failed(failure) => {
-                self.finish();
+                self.progress.finish();
                 return Some(Err(failure));
             }
         }
         None
-    }
-
-    fn progress(&mut self, present: u64, size: u64, rate: u64) {
-        if watched() {
-            let bar = self.bar.get_or_insert_with(|| {
-                let bar = indicatif::ProgressBar::new(size);
-                if let Ok(style) = indicatif::ProgressStyle::with_template(
-                    "{wide_bar} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",
-                ) {
-                    bar.set_style(style);
-                }
-                bar
-            });
-            bar.set_position(present);
-            return;
-        }
-        let tenth = (present * 10).checked_div(size).unwrap_or(10);
-        if tenth > self.last_tenth {
-            self.last_tenth = tenth;
-            eprintln!("            {}: {} of {}, {}/s", self.name, bytes(present), bytes(size), bytes(rate));
-        }
-    }
-
-    fn finish(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish_and_clear();
-        }
     }
 }

@@ -3,8 +3,10 @@
 mod answers;
 mod disks;
 mod migrate;
+mod progress;
 mod serve;
 mod status;
+mod values;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -65,8 +67,8 @@ enum Command {
         /// The order of the background pull.
         #[arg(long, value_enum, default_value = "dirty")]
         order: Order,
-        /// Limit the background pull, in bytes per second.
-        #[arg(long, value_name = "BYTES/s")]
+        /// Limit the background pull, in bytes per second, for example 20M.
+        #[arg(long, value_name = "BYTES/s", value_parser = values::byte_count)]
         rate: Option<u64>,
         /// Fetch only what is asked for.
         #[arg(long)]
@@ -120,7 +122,7 @@ enum Command {
         #[arg(long = "for", value_enum, default_value = "complete")]
         what: WaitFor,
         /// Give up after this long, for example 90s or 5m.
-        #[arg(long, value_parser = humantime::parse_duration)]
+        #[arg(long, value_parser = values::duration)]
         timeout: Option<Duration>,
     },
     /// Show one export, or all.

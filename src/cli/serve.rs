@@ -32,6 +32,9 @@ pub(super) struct ServeArguments {
     /// Where peers dial this host [default: the address that its connections come from].
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
+    /// Certificates for the NBD and peer addresses; not in this version.
+    #[arg(long, value_name = "DIR", conflicts_with = "insecure")]
+    tls: Option<PathBuf>,
     /// Listen on other hosts' networks although nothing is encrypted and nobody is authenticated.
     #[arg(long)]
     insecure: bool,
@@ -51,13 +54,14 @@ pub(super) struct ServeArguments {
     #[arg(long, value_name = "DIR")]
     mount_dir: Option<PathBuf>,
     /// How long a destination may run without hearing from here.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = super::values::duration)]
     lease: Duration,
 }
 
 pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<()> {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(super::answers::watched())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_default_env()
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
@@ -96,6 +100,12 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
 }
 
 fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
+    if let Some(directory) = &arguments.tls {
+        return Err(usage(format!(
+            "--tls {}: this version has no TLS yet; use a network that is yours alone, and --insecure",
+            directory.display()
+        )));
+    }
     let exposed = arguments.nbd.iter().filter(|address| !is_private(address)).map(ToString::to_string);
     let exposed: Vec<_> = exposed.chain(arguments.peer.iter().filter(|peer| !is_loopback(peer)).cloned()).collect();
     if !exposed.is_empty() {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::answers::{Answer, bytes};
+use super::progress::Progress;
 use crate::control::api::WaitFor;
 use crate::control::client::ControlClient;
 use crate::control::status::{DiskStatus, NodeStatus};
@@ -11,6 +12,9 @@ use crate::node::DiskName;
 
 /// How often `--watch` looks.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often a wait looks how far it is.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
 pub(super) async fn run(client: &ControlClient, answer: &Answer, name: Option<DiskName>, watch: bool) -> Outcome<()> {
     loop {
@@ -44,7 +48,24 @@ pub(super) async fn wait(
     let what = serde_json::to_value(what).map_err(crate::error::Failure::failed)?;
     let what = what.as_str().unwrap_or_default();
     let timeout = timeout.map(|timeout| format!("&timeout_ms={}", timeout.as_millis())).unwrap_or_default();
-    let status: DiskStatus = client.get(&format!("/v1/disks/{name}/wait?for={what}{timeout}")).await?;
+    let path = format!("/v1/disks/{name}/wait?for={what}{timeout}");
+    let mut progress = Progress::new(&name);
+    let waited = client.get::<DiskStatus>(&path);
+    let mut waited = std::pin::pin!(waited);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut waited => break outcome,
+            () = tokio::time::sleep(PROGRESS_INTERVAL) => {}
+        }
+        // Only while something comes; why the wait itself ends is told by its own answer.
+        if let Ok(status) = client.get::<DiskStatus>(&format!("/v1/disks/{name}")).await
+            && status.missing_bytes > 0
+        {
+            progress.show(status.present_bytes, status.size, status.pull_rate);
+        }
+    };
+    progress.finish();
+    let status = outcome?;
     answer.print(&status, || describe(&status))
 }
 

@@ -8,14 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ::nbd::address::Address;
-use ::nbd::client::{ConnectOptions, negotiate};
 use ::nbd::export::{Export, Exports};
-use ::nbd::server::{Draining, Listener, ServeOptions, serve_connection};
+use ::nbd::server::{Draining, Listener, ServeOptions};
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::link::Ends;
 use super::{AttachDevice, AttachRequest, Attached, Connector, DETACH_LIMIT, How, Link, Via};
 use crate::error::{Failure, Outcome, chain};
 
@@ -184,19 +182,7 @@ impl DeviceSlot {
         Box::new(move || -> BoxFuture<'static, std::io::Result<Link>> {
             let (exports, name, stop) = (exports.clone(), name.clone(), stop.clone());
             let connections = connections.clone();
-            Box::pin(async move {
-                let Ends { server, hang_up, client, witness } = Ends::new()?;
-                connections.spawn(async move {
-                    if let Err(error) = serve_connection(server, exports, &serve_options(), stop).await {
-                        tracing::warn!(error = chain(&error), "a device's connection ended");
-                    }
-                    // Other holders of the socket must not keep the kernel waiting.
-                    drop(hang_up);
-                });
-                let options = ConnectOptions { structured: false, ..ConnectOptions::default() };
-                let (client, _) = negotiate(client, &name, &options).await.map_err(std::io::Error::other)?;
-                Link::new(client, witness)
-            })
+            Box::pin(async move { Link::to_export(exports, &name, &connections, stop).await })
         })
     }
 

@@ -334,9 +334,9 @@ async fn supervise(s: Supervised) {
         if complete {
             // The upstream is let go only when nothing of it can be lost any more.
             if s.flusher.persist().await.is_ok() {
-                s.fetcher.set_complete();
                 s.lanes.cancel();
                 s.links.release();
+                s.fetcher.set_complete();
                 tracing::info!("every block is present and durable, the upstream is not needed any more");
                 return;
             }

@@ -12,7 +12,7 @@ use nbd::wire::Errno;
 use tokio::sync::{Semaphore, watch};
 
 use super::{ExportConfig, LazyExport};
-use crate::store::{FaultyStore, Store};
+use crate::store::{FaultyStore, MapError, MapFile, Store};
 use crate::upstream::{Connect, Connection, ReadError, Upstream, UpstreamError};
 
 /// The disk at the source, and its faults.
@@ -28,6 +28,8 @@ pub(super) struct Source {
     /// READs that are answered with an error before they work again.
     pub(super) refuse: AtomicU64,
     pub(super) reachable: AtomicBool,
+    /// Further connections are left waiting for ever.
+    pub(super) only_one: AtomicBool,
     /// Rises when all connections die.
     pub(super) cut: watch::Sender<u64>,
     pub(super) claimed_size: AtomicU64,
@@ -54,6 +56,7 @@ impl Source {
             valve_used: AtomicBool::new(false),
             refuse: AtomicU64::new(0),
             reachable: AtomicBool::new(true),
+            only_one: AtomicBool::new(false),
             cut: watch::Sender::new(0),
             claimed_size,
         }
@@ -95,7 +98,10 @@ impl Connect for Dial {
                 let source = std::io::ErrorKind::ConnectionRefused.into();
                 return Err(UpstreamError::Dial { target: self.describe(), source });
             }
-            self.0.connections.fetch_add(1, Ordering::SeqCst);
+            let others = self.0.connections.fetch_add(1, Ordering::SeqCst);
+            if others > 0 && self.0.only_one.load(Ordering::SeqCst) {
+                std::future::pending::<()>().await;
+            }
             Ok(Arc::new(Wire { source: self.0.clone(), cut: self.0.cut.subscribe() }) as Arc<dyn Connection>)
         })
     }
@@ -220,9 +226,16 @@ async fn open(
 ) -> LazyExport {
     let mut config = ExportConfig::new("disk", directory.path(), "test disk");
     change(&mut config);
+    unlocked(directory).await;
     let export = LazyExport::lazy_on(config, source.upstream(), store as Arc<dyn Store>).await.unwrap();
     export.start();
     export
+}
+
+/// The thread of the last flush lets the map go a moment after it has answered.
+pub(super) async fn unlocked(directory: &tempfile::TempDir) {
+    let map = directory.path().join("map");
+    eventually("the map's lock", || !matches!(MapFile::open(&map), Err(MapError::InUse(_)))).await;
 }
 
 pub(super) async fn done<T>(answer: Answer<T>) -> Result<T, Errno> {

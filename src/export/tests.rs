@@ -9,7 +9,7 @@ use nbd::export::{Export, Extent, STATE_HOLE, STATE_ZERO, ZeroMode};
 use nbd::wire::Errno;
 use proptest::prelude::*;
 
-use super::testing::{Lab, Source, done, eventually, read};
+use super::testing::{Lab, Source, done, eventually, read, unlocked};
 use super::{ExportConfig, ExportError, GateMode, LazyExport, PullState};
 use crate::limits::REGION;
 use crate::store::MapError;
@@ -74,7 +74,8 @@ async fn a_write_beats_a_fetch_in_flight() {
     assert_eq!(lab.export.status().dirty_bytes, 4096);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+// One thread: two lanes that take their requests in order could otherwise send them out of order.
+#[tokio::test]
 async fn the_order_on_the_wire_is_the_order_of_heat_and_zeroes_are_not_sent() {
     let regions = 6;
     let mut bytes = Source::pattern(regions * REGION as usize);
@@ -153,6 +154,15 @@ async fn nothing_is_taken_from_an_upstream_of_another_size() {
     assert!(lab.source.reads().is_empty() && !reader.is_finished());
     lab.source.claimed_size.store(SIZE as u64, Ordering::SeqCst);
     assert_eq!(reader.await.unwrap().unwrap(), lab.source.bytes[..1]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_of_one_connection_is_pulled_over_that_one() {
+    let source = Source::new(Source::pattern(3 * REGION as usize));
+    source.only_one.store(true, Ordering::SeqCst);
+    let lab = Lab::new(source, |_| ()).await;
+    complete(&lab.export).await;
+    assert_eq!(lab.store.to_bytes(), lab.source.bytes);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -279,6 +289,7 @@ async fn another_disk_in_the_directory_is_refused_and_left_alone() {
     done(first.write(0, Bytes::from(vec![1; 4096]), false)).await.unwrap();
     first.shutdown().await.unwrap();
     drop(first);
+    unlocked(&directory).await;
     let before = std::fs::read(directory.path().join("map")).unwrap();
     let other = ExportConfig { identity: "two".into(), ..config.clone() };
     let error = LazyExport::lazy(other, source.upstream()).await.map(drop).unwrap_err();
@@ -403,6 +414,59 @@ proptest! {
     fn the_disk_is_an_array_of_bytes(ops in prop::collection::vec(op(), 1..40), background in any::<bool>()) {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         runtime.block_on(follow(ops, background));
+    }
+}
+
+/// Clients that write odd pieces of shared blocks at once, while the pull runs and the connections are cut.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn many_clients_at_once_lose_nothing() {
+    const WRITERS: usize = 8;
+    const PIECE: usize = 1500;
+    let size = 400 * PIECE + 77;
+    for round in 0..12u8 {
+        let lab = Lab::new(Source::new(Source::pattern(size)), |_| ()).await;
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|writer| {
+                let export = lab.export.clone();
+                tokio::spawn(async move {
+                    let mut mine = Vec::new();
+                    for step in 0..400 / WRITERS {
+                        // Every writer has every eighth piece: each block is shared by three or four of them.
+                        let piece = (step * 13 % (400 / WRITERS)) * WRITERS + writer;
+                        let at = (piece * PIECE) as u64;
+                        let value = round.wrapping_mul(31).wrapping_add(piece as u8);
+                        let kept = match step % 4 {
+                            0 => {
+                                done(export.write_zeroes(at, PIECE as u64, ZeroMode::default(), false)).await.unwrap();
+                                vec![0; PIECE]
+                            }
+                            1 => read(&export, at, PIECE).await.unwrap(),
+                            _ => {
+                                done(export.write(at, Bytes::from(vec![value; PIECE]), step % 8 == 2)).await.unwrap();
+                                vec![value; PIECE]
+                            }
+                        };
+                        assert!(read(&export, at, PIECE).await.unwrap() == kept, "piece {piece}");
+                        mine.push((piece, kept));
+                    }
+                    mine
+                })
+            })
+            .collect();
+        for _ in 0..5 {
+            tokio::time::sleep(Duration::from_millis(3)).await;
+            lab.source.cut_all();
+        }
+        let mut expected = lab.source.bytes.clone();
+        for writer in writers {
+            for (piece, kept) in writer.await.unwrap() {
+                expected[piece * PIECE..][..PIECE].copy_from_slice(&kept);
+            }
+        }
+        complete(&lab.export).await;
+        assert!(lab.store.to_bytes() == expected, "round {round}");
+        done(lab.export.flush()).await.unwrap();
+        assert!(lab.store.after_power_loss() == expected, "a flush covers all clients, round {round}");
     }
 }
 

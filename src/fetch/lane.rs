@@ -74,7 +74,7 @@ pub(crate) async fn run(
 }
 
 /// Waits; true when it was cancelled meanwhile.
-pub(crate) async fn wait(pause: Duration, cancel: &CancellationToken) -> bool {
+async fn wait(pause: Duration, cancel: &CancellationToken) -> bool {
     tokio::time::timeout(pause, cancel.cancelled()).await.is_ok()
 }
 

@@ -1,6 +1,7 @@
 //! The connections to the upstream: one for demand, further ones for the background where the server allows them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -16,6 +17,8 @@ pub(crate) struct Links {
     pub(crate) report: LinkReport,
     /// The demand lane's, while it has one.
     demand: watch::Sender<Option<Arc<dyn Connection>>>,
+    /// The server left a second connection waiting: it serves one client at a time.
+    only_one: AtomicBool,
 }
 
 /// A connection for a lane.
@@ -32,7 +35,7 @@ impl Links {
             status.target = upstream.describe();
             status.state = LinkState::Connecting;
         });
-        Links { upstream, size, report, demand: watch::Sender::new(None) }
+        Links { upstream, size, report, demand: watch::Sender::new(None), only_one: AtomicBool::new(false) }
     }
 
     /// One try.
@@ -42,25 +45,50 @@ impl Links {
                 let connection = self.upstream.connect(Some(self.size)).await?;
                 Ok(self.adopt(connection))
             }
-            LaneKind::Background(_) => {
-                let own = tokio::time::timeout(EXTRA_CONNECT_TIMEOUT, self.upstream.connect(Some(self.size))).await;
-                let demand = self.demand.borrow().clone();
-                match (own, demand) {
-                    (Ok(Ok(connection)), _) => Ok(Link { connection, shared: false }),
-                    (Ok(Err(error)), _) if error.is_fatal() => Err(error),
-                    (_, Some(connection)) => Ok(Link { connection, shared: true }),
-                    (Ok(Err(error)), None) => Err(error),
-                    (Err(_), None) => Err(UpstreamError::Dial {
-                        target: self.upstream.describe(),
-                        source: std::io::Error::new(std::io::ErrorKind::TimedOut, "no answer in time"),
-                    }),
+            LaneKind::Background(_) => self.dial_extra().await,
+        }
+    }
+
+    async fn dial_extra(&self) -> Result<Link, UpstreamError> {
+        let shared = || self.demand.borrow().clone().map(|connection| Link { connection, shared: true });
+        if self.only_one.load(Ordering::Acquire)
+            && let Some(link) = shared()
+        {
+            return Ok(link);
+        }
+        match tokio::time::timeout(EXTRA_CONNECT_TIMEOUT, self.upstream.connect(Some(self.size))).await {
+            Ok(Ok(connection)) => Ok(Link { connection, shared: false }),
+            Ok(Err(error)) if error.is_fatal() => Err(error),
+            Ok(Err(error)) => shared().ok_or(error),
+            Err(_) => {
+                let target = self.upstream.describe();
+                let source = std::io::ErrorKind::TimedOut.into();
+                let link = shared().ok_or(UpstreamError::Dial { target, source })?;
+                if !self.only_one.swap(true, Ordering::AcqRel) {
+                    tracing::info!("the upstream serves one connection at a time: demand and background share it");
                 }
+                Ok(link)
+            }
+        }
+    }
+
+    /// The demand lane's connection, as soon as there is one.
+    pub(crate) async fn shared(&self) -> Link {
+        let mut demand = self.demand.subscribe();
+        loop {
+            if let Some(connection) = demand.borrow_and_update().clone() {
+                return Link { connection, shared: true };
+            }
+            if demand.changed().await.is_err() {
+                // The sender is ours: this cannot be while we are here.
+                std::future::pending::<()>().await;
             }
         }
     }
 
     /// A connection becomes the demand lane's.
     pub(crate) fn adopt(&self, connection: Arc<dyn Connection>) -> Link {
+        self.only_one.store(false, Ordering::Release);
         self.demand.send_replace(Some(connection.clone()));
         self.report.update(|status| status.state = LinkState::Connected);
         Link { connection, shared: false }

@@ -157,7 +157,11 @@ impl Disk {
             paused: data.paused_reason,
             last_error: data.upstream.last_error,
         };
-        let link = |up: bool| if up { "up".to_string() } else { "down".to_string() };
+        let link = |needed: bool, up: bool| match (needed, up) {
+            (false, _) => "none".to_string(),
+            (true, true) => "up".to_string(),
+            (true, false) => "down".to_string(),
+        };
         let millis = |left: std::time::Duration| u64::try_from(left.as_millis()).unwrap_or(u64::MAX);
         match self.role() {
             Role::Idle => {}
@@ -166,7 +170,8 @@ impl Disk {
                 status.role = "source".into();
                 status.phase = view.record.phase.to_string();
                 status.epoch = view.record.epoch.0;
-                status.link = link(view.link_up(now));
+                let ended = matches!(view.record.phase, SourcePhase::Serving | SourcePhase::Released);
+                status.link = link(!ended, view.link_up(now));
                 status.lease_remaining_ms = view.lease_ends.map(|end| millis(end.since(now)));
                 status.last_error = view.last_error.or(status.last_error);
                 if view.record.phase != SourcePhase::Serving {
@@ -181,7 +186,8 @@ impl Disk {
                 status.role = "destination".into();
                 status.phase = view.record.phase.to_string();
                 status.epoch = view.record.epoch.0;
-                status.link = link(view.heard_at.is_some_and(|at| now.since(at) < beats));
+                let ended = matches!(view.record.phase, DestinationPhase::Complete | DestinationPhase::Discarded);
+                status.link = link(!ended, view.heard_at.is_some_and(|at| now.since(at) < beats));
                 status.lease_remaining_ms = view.lease_ends.map(|end| millis(end.since(now)));
                 status.last_error = view.last_error.or(status.last_error);
                 status.peer = Some(view.record.source.clone());

@@ -55,7 +55,7 @@ impl Node {
     /// Hands a prepared disk over.
     pub async fn handover(&self, name: &DiskName) -> Outcome<()> {
         let (source, _) = self.disk(name)?.source()?;
-        source.command(SourceEvent::HandOver).await
+        source.command(SourceEvent::HandOver).await.map_err(|failure| failure.context(format!("handover of {name}")))
     }
 
     /// Gives a migration up before the handover. Where there is none, there is nothing to do.
@@ -401,8 +401,8 @@ async fn wait_for(disk: &Disk, what: WaitFor) -> Outcome<()> {
             };
             let over = |phase: SourcePhase| match what {
                 WaitFor::Serving => phase == SourcePhase::Released,
-                // A migration that begins is waited for; one that was taken back is over.
-                _ => phase == SourcePhase::RolledBack,
+                // Cancelled or rolled back.
+                _ => matches!(phase, SourcePhase::RolledBack | SourcePhase::Serving),
             };
             let view = watch
                 .wait_for(|view| done(view.record.phase, view.ready, view.told) || over(view.record.phase))

@@ -162,6 +162,17 @@ impl Node {
             };
         }
         let _changing = self.begin(&name)?;
+        let same = |origin: &Origin| match origin {
+            Origin::Local { image: found } => found.canonicalize().ok() == image.canonicalize().ok(),
+            _ => false,
+        };
+        if let Some(other) = self.disks().iter().find(|disk| same(&disk.spec.origin)) {
+            return Err(Failure::refused(format!(
+                "{} is the export '{}' already; two exports of one image would destroy it",
+                image.display(),
+                other.name()
+            )));
+        }
         let export = LazyExport::local(name.as_str(), &image, false).map_err(|error| Failure::failed(chain(&error)))?;
         let size = export.status().size;
         let spec = DiskSpec::new(name, size, BlockSize::DEFAULT, Origin::Local { image });
@@ -207,6 +218,11 @@ impl Node {
             return Err(Failure::refused(format!("{name} cannot be removed: {why}")));
         }
         let _changing = self.begin(name)?;
+        if let Role::Source(source, hold) = disk.role()
+            && let Some(container) = source.view().record.container
+        {
+            hold.open_network(&container).await?;
+        }
         self.forget(&disk).await
     }
 

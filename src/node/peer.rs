@@ -216,13 +216,15 @@ impl Node {
 
     /// The destination's side of exactly that migration.
     fn coming(&self, subject: &Subject) -> Outcome<(Arc<Disk>, DestinationHandle)> {
-        let disk = self.named(subject)?;
-        match disk.role() {
-            Role::Destination(handle) if handle.view().record.migration == subject.migration => Ok((disk, handle)),
-            _ => Err(Failure::refused(format!(
-                "this host takes no part in migration {} of {}",
+        let found = self.named(subject).ok().and_then(|disk| match disk.role() {
+            Role::Destination(handle) if handle.view().record.migration == subject.migration => Some((disk, handle)),
+            _ => None,
+        });
+        found.ok_or_else(|| {
+            Failure::refused(format!(
+                "the destination takes no part in migration {} of {}; was it restarted? prepare it again",
                 subject.migration.0, subject.disk
-            ))),
-        }
+            ))
+        })
     }
 }

@@ -10,6 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
+
 use super::Durable;
 use crate::block_map::codec::{self, BadHeader, BadPage, Header, PAGE_BYTES, PageWords};
 use crate::block_map::{BlockMap, Planes, WORDS_PER_PAGE, pages_for};
@@ -27,6 +30,9 @@ pub enum MapError {
         /// Why it failed.
         source: io::Error,
     },
+    /// Two processes must never fill one store.
+    #[error("the block map {} is in use by another process; stop that one first, or use another directory", .0.display())]
+    InUse(PathBuf),
     /// Not a map that this program can read.
     #[error("{} is not a usable block map: {source}; remove the export and pull it again", path.display())]
     Header {
@@ -80,7 +86,8 @@ pub struct MapSnapshot {
 /// The durable map file. One owner at a time; see the module's documentation for the order of a persist.
 pub struct MapFile {
     path: PathBuf,
-    file: File,
+    /// Locked: no other process opens the map while this one has it.
+    file: Flock<File>,
     header: Header,
     generations: Vec<u64>,
 }
@@ -101,7 +108,7 @@ impl MapFile {
             sync_directory(path)?;
             Ok(file)
         };
-        let file = make().map_err(MapError::io("create", path))?;
+        let file = lock(make().map_err(MapError::io("create", path))?, path)?;
         Ok(MapFile { path: path.to_owned(), file, header: header.clone(), generations: vec![0; pages] })
     }
 
@@ -110,7 +117,7 @@ impl MapFile {
     pub fn open(path: &Path) -> Result<Option<MapFile>, MapError> {
         let file = match OpenOptions::new().read(true).write(true).open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            other => other.map_err(MapError::io("open", path))?,
+            other => lock(other.map_err(MapError::io("open", path))?, path)?,
         };
         let mut bytes = [0; PAGE_BYTES];
         match file.read_exact_at(&mut bytes, 0) {
@@ -222,6 +229,13 @@ impl MapSnapshot {
     pub fn is_empty(&self) -> bool {
         self.pages.is_empty()
     }
+}
+
+fn lock(file: File, path: &Path) -> Result<Flock<File>, MapError> {
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        Errno::EWOULDBLOCK => MapError::InUse(path.to_owned()),
+        errno => MapError::io("lock", path)(errno.into()),
+    })
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {

@@ -6,10 +6,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use memmap2::MmapRaw;
+use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 
 use super::durable_map::MapError;
@@ -63,7 +65,10 @@ impl LiveMap {
             }
             let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
             // Every page must have its space: a store to a mapped page that finds the disk full is a SIGBUS.
-            fallocate(&file, FallocateFlags::empty(), 0, length(words) as i64)?;
+            match fallocate(&file, FallocateFlags::empty(), 0, length(words) as i64) {
+                Err(Errno::EOPNOTSUPP) => fill_with_zeroes(&file, length(words))?,
+                other => other?,
+            }
             Self::map(&file, words)
         };
         let live = make().map_err(MapError::io("create", path))?;
@@ -85,7 +90,7 @@ impl LiveMap {
 
     #[allow(unsafe_code)]
     fn slice(&self, at: usize, words: usize) -> &[AtomicU64] {
-        assert!(at % 8 == 0 && at + words * 8 <= self.mapping.len(), "a slice beyond the mapping");
+        assert!(at.is_multiple_of(8) && at + words * 8 <= self.mapping.len(), "a slice beyond the mapping");
         // SAFETY: the range lies within the mapping (checked above), which lives as long as `self`; mappings begin at
         // a page and `at` is a multiple of 8, so the words are aligned; they are only ever used as atomics, also by
         // another process that may have the file mapped; and every bit pattern is a valid u64.
@@ -109,6 +114,18 @@ fn length(words: usize) -> u64 {
     (WORDS_AT + 2 * words * 8) as u64
 }
 
+/// Takes the space by writing, where the file system has no call for it.
+fn fill_with_zeroes(file: &File, length: u64) -> io::Result<()> {
+    let zeroes = [0; 64 * 1024];
+    let mut at = 0;
+    while at < length {
+        let part = (length - at).min(zeroes.len() as u64);
+        file.write_all_at(&zeroes[..part as usize], at)?;
+        at += part;
+    }
+    Ok(())
+}
+
 fn head_words(header: &Header, boot: BootId) -> [u64; HEAD_WORDS] {
     let of = u64::from(crc32fast::hash(&header.encode()));
     [MARK, boot.0 as u64, (boot.0 >> 64) as u64, of]
@@ -127,5 +144,17 @@ impl BootId {
         u128::from_str_radix(&digits, 16)
             .map(BootId)
             .map_err(|error| MapError::io("find the boot of", path)(io::Error::other(error)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn space_that_is_taken_by_writing_is_taken_to_the_last_byte() {
+        let file = tempfile::tempfile().unwrap();
+        fill_with_zeroes(&file, 200_001).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 200_001);
     }
 }

@@ -56,6 +56,7 @@ fn claims_too_much(persist_around: Persist) -> bool {
     };
     arrive(0);
     persist_around(&map, &mut file, &store, &|| arrive(1));
+    drop(file);
     let (after, _) = open(&files(&directory), OTHER_BOOT).unwrap();
     let bytes = store.after_power_loss();
     assert!(after.is_present(run(0, 1)), "what was there before the persist is kept");
@@ -210,4 +211,8 @@ fn what_is_no_map_of_ours_is_refused() {
     let files = files(&directory);
     MapFile::create(&files.durable, &self::header(4)).unwrap();
     assert!(MapFile::create(&files.durable, &self::header(4)).is_err(), "an existing map is never replaced");
+    let first = MapFile::open(&files.durable).unwrap();
+    assert!(matches!(MapFile::open(&files.durable).map(drop), Err(MapError::InUse(_))));
+    drop(first);
+    assert!(MapFile::open(&files.durable).is_ok());
 }

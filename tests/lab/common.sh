@@ -36,5 +36,5 @@ need_rust() {
       return
     fi
   done < <(type -aP cargo; ls "$HOME/.cargo/bin/cargo" 2>/dev/null)
-  die "Rust 1.85 or later is needed to build (edition 2024) and no such cargo was found; install it, for example from https://rustup.rs, and run this again"
+  die "Rust 1.88 or later is needed to build (edition 2024) and no such cargo was found; install it, for example from https://rustup.rs, and run this again"
 }

@@ -265,7 +265,7 @@ impl Client {
             return Err(impossible(command, offset, length, "it reaches beyond the end of the export"));
         }
         let block = u64::from(self.info.minimum_block);
-        if offset % block != 0 || length % block != 0 {
+        if !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
             return Err(impossible(command, offset, length, "it is not aligned to the server's minimum block size"));
         }
         Ok(())

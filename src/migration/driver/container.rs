@@ -41,6 +41,11 @@ impl Runtimes {
     }
 }
 
+/// Whose rule it is that closes the network of a container that has gone.
+fn source_owner(disk: &str) -> String {
+    format!("{disk}-source")
+}
+
 fn failed(error: &dyn std::error::Error) -> Failure {
     Failure::failed(chain(error))
 }
@@ -67,12 +72,17 @@ impl SourceHold {
         container: Option<SourceContainer>,
         images: PathBuf,
     ) -> Self {
-        Self { owner: format!("{disk}-source"), runtimes, device, container: Mutex::new(container), images }
+        Self { owner: source_owner(disk), runtimes, device, container: Mutex::new(container), images }
     }
 
     /// Where the checkpoint's images are; kept until release.
     pub fn images(&self) -> &Path {
         &self.images
+    }
+
+    /// Where criu keeps its log meanwhile.
+    pub fn work(&self) -> PathBuf {
+        self.images.with_extension("work")
     }
 
     /// Looks at a container that is to move: it must run, with the disk's device mounted under it.
@@ -137,27 +147,39 @@ impl SourceHold {
         // Each was tried, whatever became of the others.
         thawed.and(resumed).and(opened)?;
         *self.lock() = None;
-        remove_tree(&self.images).await
+        self.remove_images().await
     }
 
     /// The container, its mount, its device and its images go; the disk itself stays.
     pub async fn release(&self) -> Outcome<()> {
         if let Some(container) = self.held() {
             let runtime = self.runtimes.find(&container.runtime)?;
+            // Its network stays closed: sockets of the killed tasks would still speak for the address that has moved.
             runtime.kill_and_delete(&id(&container.id)?).await.map_err(|error| failed(&error))?;
-            if let Some(drop) = self.net_drop(&container) {
-                drop.remove().await.map_err(|error| failed(&error))?;
-            }
             quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
             unmount(&self.device).await?;
-            self.device.detach().await?;
+            // There is nothing to write: the disk is immutable since the handover.
+            self.device.abandon().await?;
             *self.lock() = None;
         }
-        remove_tree(&self.images).await
+        self.remove_images().await
+    }
+
+    async fn remove_images(&self) -> Outcome<()> {
+        remove_tree(&self.images).await?;
+        remove_tree(&self.work()).await
     }
 
     fn net_drop(&self, container: &SourceContainer) -> Option<NetDrop> {
         container.netns.as_ref().map(|netns| NetDrop::new(netns, &self.owner))
+    }
+
+    /// The network of a released container is open again: the operator forgets the disk.
+    pub async fn open_network(&self, container: &SourceContainer) -> Outcome<()> {
+        match self.net_drop(container) {
+            Some(drop) if drop.netns().exists() => drop.remove().await.map_err(|error| failed(&error)),
+            _ => Ok(()),
+        }
     }
 
     fn held(&self) -> Option<SourceContainer> {
@@ -259,6 +281,9 @@ impl DestinationHold {
         };
         runtime.restore(&id, spec).await.map_err(|error| failed(&error))?;
         if let Some(drop) = self.net_drop()? {
+            // A container that comes back finds the rule of its own departure.
+            let departed = NetDrop::new(drop.netns(), &source_owner(&self.disk));
+            departed.remove().await.map_err(|error| failed(&error))?;
             drop.remove().await.map_err(|error| failed(&error))?;
         }
         remove_tree(&self.places.images()).await

@@ -165,6 +165,10 @@ impl Driver {
     async fn run(mut self, mut inbox: mpsc::Receiver<Command>, stop: CancellationToken) {
         let mut pull = self.world.export.complete();
         let mut told_durable = false;
+        if self.machine.record().owned && self.world.hold.is_running().await {
+            // The node was restarted under a container that lives.
+            self.resumed = true;
+        }
         loop {
             self.start_effects();
             self.start_beat();
@@ -196,6 +200,10 @@ impl Driver {
                     self.resuming = None;
                     self.resumed = outcome.is_ok();
                     self.machine.handle(clock::now(), DestinationEvent::Resumed);
+                    if self.resumed {
+                        // Not before: no disk content competes with the pause.
+                        self.world.export.set_background(true);
+                    }
                     if let Err(failure) = &outcome {
                         self.last_error = Some(failure.message.clone());
                     }
@@ -290,13 +298,22 @@ impl Driver {
                 }));
                 return;
             }
+            if effect == DestinationEffect::StartPull && !self.may_pull() {
+                continue;
+            }
             let performed = perform(self.world.clone(), effect.clone(), self.progress(), self.subject());
             if effect == DestinationEffect::TellComplete {
+                // Beside the others: the source may not answer, and a fence must not wait for that.
                 self.telling = Some(performed);
             } else {
                 self.running = Some(performed);
             }
         }
+    }
+
+    /// A container that moves along is resumed first.
+    fn may_pull(&self) -> bool {
+        self.resumed || self.machine.record().container.is_none()
     }
 
     fn start_beat(&mut self) {

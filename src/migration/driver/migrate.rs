@@ -130,7 +130,7 @@ impl Run {
 
     async fn checkpoint(&self, runtime: &dyn Runtime, id: &ContainerId, tcp_established: bool) -> Outcome<Followed> {
         let images = self.world.hold.images();
-        let work = images.with_extension("work");
+        let work = self.world.hold.work();
         let subject = self.world.source.view().subject(&self.world.disk);
         let stream = images::dial(self.world.source.peer().address(), &subject)
             .await

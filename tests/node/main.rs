@@ -1,0 +1,16 @@
+// tests/run: timeout=1200
+//! Real nodes, as an operator runs them, with NBD servers and clients that are not ours.
+//!
+//! Needs the Debian packages nbdkit, qemu-utils, libnbd-bin, python3-libnbd and fio; those that mount or make network
+//! namespaces need root, iproute2, e2fsprogs and fuse3 as well. What is missing makes a test fail, with its package.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod client;
+mod handover;
+mod pair;
+mod pull;
+mod recovery;
+mod refusals;
+mod rollback;
