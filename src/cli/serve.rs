@@ -67,7 +67,6 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
         )
         .init();
-    let disks = arguments.disk.iter().map(|text| pair("--disk", text)).collect::<Outcome<Vec<_>>>()?;
     let pulls = arguments.pull.iter().map(|text| pair("--pull", text)).collect::<Outcome<Vec<_>>>()?;
     let config = config(&arguments)?;
     // Before anything is served, so that none is lost.
@@ -75,9 +74,6 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::failed)?;
     let running = Running::start(config, &control).await?;
     let made = async {
-        for (name, image) in disks {
-            running.node.add(name, std::path::absolute(&image).map_err(Failure::failed)?).await?;
-        }
         for (name, from) in pulls {
             let ask = PullAsk { name, from, store: None, order: Order::default(), rate: None, background: true };
             running.node.pull(ask).await?;
@@ -134,8 +130,13 @@ fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
     let absolute = |path: &Option<PathBuf>| {
         path.as_ref().map(std::path::absolute).transpose().map_err(|error| usage(error.to_string()))
     };
+    let disks = arguments.disk.iter().map(|text| {
+        let (name, image) = pair("--disk", text)?;
+        Ok((name, std::path::absolute(&image).map_err(|error| usage(format!("--disk {text}: {error}")))?))
+    });
     Ok(NodeConfig {
         state_dir: std::path::absolute(&arguments.state_dir).map_err(|error| usage(error.to_string()))?,
+        disks: disks.collect::<Outcome<_>>()?,
         nbd: arguments.nbd.clone(),
         peer: arguments.peer.clone(),
         advertise: arguments.advertise.clone(),

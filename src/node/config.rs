@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use nbd::address::Address;
 
+use super::DiskName;
 use crate::migration::driver::Runtimes;
 use crate::migration::lease::Timings;
 
@@ -12,6 +13,8 @@ use crate::migration::lease::Timings;
 pub struct NodeConfig {
     /// Where everything is kept.
     pub state_dir: PathBuf,
+    /// Images that are exports from the start, so that a node that answers has them.
+    pub disks: Vec<(DiskName, PathBuf)>,
     /// Where exports are served.
     pub nbd: Vec<Address>,
     /// `host:port` of the peer link; without it this node neither sends nor receives disks.

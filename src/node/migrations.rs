@@ -148,14 +148,24 @@ impl Node {
     /// Waits until something is true of a disk.
     pub async fn wait(&self, name: &DiskName, what: WaitFor, timeout: Option<Duration>) -> Outcome<DiskStatus> {
         let disk = self.disk(name)?;
-        let waited = wait_for(&disk, what);
+        let waited = async {
+            tokio::select! {
+                waited = wait_for(&disk, what) => waited,
+                () = disk.stop.cancelled() => {
+                    Err(Failure::unreachable(format!("{name} was removed, or its node is shutting down")))
+                }
+            }
+        };
         match timeout {
             None => waited.await?,
             Some(timeout) => tokio::time::timeout(timeout, waited).await.map_err(|_| {
+                let status = disk.status();
                 Failure::timed_out(format!(
-                    "{name} is not {what:?} after {:.1} s: it is {}",
+                    "{name} is not {} after {:.1} s: it is {}{}",
+                    format!("{what:?}").to_lowercase(),
                     timeout.as_secs_f64(),
-                    disk.status().phase
+                    status.phase,
+                    status.paused.map(|why| format!(", and paused: {why}")).unwrap_or_default()
                 ))
             })??,
         }
@@ -180,7 +190,15 @@ impl Node {
         let epoch = match &*role {
             Role::Idle => crate::units::Epoch::default(),
             Role::Source(source, _) => {
-                let record = source.view().record;
+                let view = source.view();
+                let record = view.record;
+                if record.phase == SourcePhase::Serving && !view.settled {
+                    // Its driver would be dropped with what it still has to do: thaw the container, say.
+                    return Err(Failure::refused(format!(
+                        "an earlier migration of {} is still being taken back; try again in a few seconds",
+                        disk.name()
+                    )));
+                }
                 if record.phase != SourcePhase::Serving {
                     return Err(Failure::refused(format!(
                         "{} is {} to {} at epoch {}; finish or cancel that first",
@@ -355,7 +373,7 @@ impl Node {
             tracing::warn!(disk = %disk.name(), %error, "a discarded store could not be synced");
         }
         self.disks.remove_if(disk.name(), |_, found| Arc::ptr_eq(found, disk));
-        if keep { self.move_aside(&disk.directory) } else { super::remove_directory(&disk.directory) }
+        if keep { self.move_aside(&disk.directory) } else { super::remove_directory_aside(&disk.directory).await }
     }
 }
 

@@ -8,7 +8,10 @@
 mod support;
 
 mod client;
+mod filesystem;
+mod full_disk;
 mod handover;
+mod link;
 mod pair;
 mod pull;
 mod recovery;

@@ -87,8 +87,13 @@ impl Pair {
     /// With another lease than the usual one.
     pub fn with_lease(seed: u64, lease: Duration) -> Pair {
         let dir = tempfile::tempdir().unwrap();
+        image(&dir.path().join("web.img"), SIZE, seed, &[0..SIZE]);
+        Pair::of_image(dir, lease)
+    }
+
+    /// With the image `web.img` in `dir`.
+    pub fn of_image(dir: tempfile::TempDir, lease: Duration) -> Pair {
         let image_path = dir.path().join("web.img");
-        image(&image_path, SIZE, seed, &[0..SIZE]);
         let (a_port, b_port) = (free_port(), free_port());
         let wire = Wire::new(a_port, 2 * MIB);
         let lease = format!("{}s", lease.as_secs());

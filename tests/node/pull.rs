@@ -170,7 +170,8 @@ fn fio_finds_its_own_data_on_a_disk_that_is_still_filling() {
     // Writes of odd sizes at odd offsets, read back and checked by fio itself.
     let job =
         ["--name=verify", "--ioengine=nbd", "--rw=randwrite", "--bsrange=512-64k", "--blockalign=512", "--iodepth=16"];
-    let checks = ["--size=32m", "--verify=crc32c", "--verify_fatal=1", "--randseed=9", "--fsync=64"];
+    let checks =
+        ["--size=32m", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randseed=9", "--fsync=64"];
     run("fio", "fio", &[&job[..], &checks, &[&uri]].concat());
     node.cli(&["wait", "disk", "--timeout", "60s"]);
     // What fio did not write is the source's: the second half.

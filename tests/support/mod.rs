@@ -41,16 +41,22 @@ pub struct Node {
     /// Where its files and sockets are.
     pub dir: PathBuf,
     arguments: Vec<String>,
+    namespace: Option<String>,
 }
 
 impl Node {
     /// Starts a node in `dir` (made if missing), with more arguments for `serve`, and waits until it answers.
     /// Its NBD socket is `dir/nbd.sock`, its log `dir/log`.
     pub fn start(dir: impl Into<PathBuf>, arguments: &[&str]) -> Node {
+        Node::start_in(None, dir, arguments)
+    }
+
+    /// The same in a network namespace (see `ip netns`); its sockets in `dir` are reached from everywhere.
+    pub fn start_in(namespace: Option<&str>, dir: impl Into<PathBuf>, arguments: &[&str]) -> Node {
         let dir = dir.into();
         std::fs::create_dir_all(&dir).unwrap();
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        let mut node = Node { child: None, dir, arguments };
+        let mut node = Node { child: None, dir, arguments, namespace: namespace.map(str::to_owned) };
         node.start_again();
         node
     }
@@ -59,7 +65,14 @@ impl Node {
     pub fn start_again(&mut self) {
         assert!(self.child.is_none(), "it runs");
         let log = std::fs::File::options().create(true).append(true).open(self.dir.join("log")).unwrap();
-        let mut child = Command::new(program())
+        let mut command = Command::new(program());
+        if let Some(namespace) = &self.namespace {
+            // It becomes the program, so the process number is the node's. `ip netns exec` would make a mount namespace
+            // too, and hold in it what other tests have mounted at the moment.
+            command = Command::new("nsenter");
+            command.args([&format!("--net=/run/netns/{namespace}"), program()]);
+        }
+        let child = command
             .arg("serve")
             .args(["--state-dir".as_ref(), self.dir.join("state").as_os_str()])
             .args(["--control".as_ref(), self.control().as_os_str()])
@@ -71,9 +84,11 @@ impl Node {
             .stderr(log)
             .spawn()
             .unwrap();
+        // Ended by the drop from here on, whatever comes.
+        self.child = Some(child);
         let begun = Instant::now();
         loop {
-            if let Some(status) = child.try_wait().unwrap() {
+            if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().unwrap()) {
                 panic!("the node ended at once ({status}): {}", self.log());
             }
             if self.try_cli(&["status"]).code == 0 {
@@ -82,7 +97,6 @@ impl Node {
             assert!(begun.elapsed() < PATIENCE, "the node does not answer: {}", self.log());
             std::thread::sleep(Duration::from_millis(10));
         }
-        self.child = Some(child);
     }
 
     /// The control socket.
@@ -125,13 +139,15 @@ impl Node {
         said.stdout
     }
 
-    /// Runs a command that must fail with an exit code and one line on stderr, and returns that line.
+    /// Runs a command that must fail with an exit code and one line on stderr, and returns that line. Before it there may
+    /// be lines of progress, which are indented.
     #[track_caller]
     pub fn fails(&self, code: i32, arguments: &[&str]) -> String {
         let said = self.try_cli(arguments);
         assert_eq!(said.code, code, "{arguments:?}: {said:?}\n{}", self.log());
-        assert_eq!(said.stderr.lines().count(), 1, "one line: {}", said.stderr);
-        said.stderr
+        let errors: Vec<&str> = said.stderr.lines().filter(|line| !line.starts_with("   ")).collect();
+        assert_eq!(errors.len(), 1, "one line: {}", said.stderr);
+        errors[0].to_owned()
     }
 
     /// `status NAME --json`.

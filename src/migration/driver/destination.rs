@@ -199,11 +199,11 @@ impl Driver {
                 outcome = pending(&mut self.resuming) => {
                     self.resuming = None;
                     self.resumed = outcome.is_ok();
-                    self.machine.handle(clock::now(), DestinationEvent::Resumed);
                     if self.resumed {
                         // Not before: no disk content competes with the pause.
                         self.world.export.set_background(true);
                     }
+                    self.machine.handle(clock::now(), DestinationEvent::Resumed);
                     if let Err(failure) = &outcome {
                         self.last_error = Some(failure.message.clone());
                     }
@@ -303,7 +303,6 @@ impl Driver {
             }
             let performed = perform(self.world.clone(), effect.clone(), self.progress(), self.subject());
             if effect == DestinationEffect::TellComplete {
-                // Beside the others: the source may not answer, and a fence must not wait for that.
                 self.telling = Some(performed);
             } else {
                 self.running = Some(performed);

@@ -8,7 +8,7 @@ mod destination;
 mod migrate;
 mod source;
 
-pub use container::{DestinationHold, Places, Runtimes, SourceHold};
+pub use container::{DestinationHold, Found, Places, Runtimes, SourceHold};
 pub use destination::{DestinationHandle, DestinationView, DestinationWorld};
 pub use migrate::{MigrateWorld, migrate};
 pub(crate) use source::new_record;

@@ -364,7 +364,7 @@ fn run(seed: u64, plant: Option<Plant>) -> (World, Result<SourcePhase, &'static 
     for _ in 0..dice.between(0, 8) {
         let order = match dice.between(0, 10) {
             0 | 1 => Order::Prepare,
-            2 | 3 | 4 => Order::HandOver,
+            2..=4 => Order::HandOver,
             5 => Order::Cancel,
             insist => Order::RollBack { insist: insist > 7 },
         };

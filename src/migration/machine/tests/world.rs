@@ -546,7 +546,8 @@ impl World {
         if !ours {
             return;
         }
-        if !self.has_all && !(self.link[A] && self.link[B] && self.hosts[A].up) {
+        let reachable = self.link[A] && self.link[B] && self.hosts[A].up;
+        if !self.has_all && !reachable {
             let life = self.generation;
             return self.at(500, Event::Pulled { life, migration });
         }
