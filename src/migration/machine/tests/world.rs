@@ -546,8 +546,8 @@ impl World {
         if !ours {
             return;
         }
-        let source_answers = self.link[A] && self.link[B] && self.hosts[A].up;
-        if !self.has_all && !source_answers {
+        let reachable = self.link[A] && self.link[B] && self.hosts[A].up;
+        if !self.has_all && !reachable {
             let life = self.generation;
             return self.at(500, Event::Pulled { life, migration });
         }
