@@ -188,6 +188,12 @@ impl Node {
         }
         let mut role = disk.role.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let epoch = match &*role {
+            Role::Idle if matches!(disk.spec.origin, super::Origin::Migration { .. }) => {
+                return Err(Failure::refused(format!(
+                    "{} was never handed over to this host, so there is nothing to give away; remove it",
+                    disk.name()
+                )));
+            }
             Role::Idle => crate::units::Epoch::default(),
             Role::Source(source, _) => {
                 let view = source.view();
