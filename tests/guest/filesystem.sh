@@ -126,8 +126,8 @@ P
   [ -n "$background" ] || lm wait fs --for complete --timeout 120s
   [ -z "$background" ] || [ "$(status_of phase)" != complete ] || fail "it fetched all although told not to"
 
-  if [ -z "$background" ]; then
-    echo "== the node is killed under a writer"
+  if [ -n "$background" ]; then
+    echo "== the node is killed under a writer, with most of the disk still to come"
     python3 - "$mnt/log" <<'P' &
 import os, sys
 file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -142,7 +142,7 @@ P
       last=$(tail -n 1 "$mnt/log" 2>/dev/null || echo 0)
       for _ in $(seq 200); do [ "$(tail -n 1 "$mnt/log" 2>/dev/null || echo 0)" -gt $((${last:-0} + 20)) ] && break; sleep 0.05; done
       kill -KILL "$node"
-      wait "$node" || true
+      wait "$node" 2>/dev/null || true
       start_node
       [ "$(status_of device)" = "$device" ] || fail "the device was not taken over: $(lm status fs --json)"
       kill -0 "$writer" 2>/dev/null || fail "the writer got an error"

@@ -7,7 +7,7 @@ set -euo pipefail
 set_the_stage
 
 # Whatever the checks of `prepare` can see is right; what fails is seen by nobody before the restore.
-say "B: the restore fails in criu: a file that is to be mounted is missing"
+say "B: the restore is refused by runc: a file that is to be mounted is missing"
 bundle=$work/b/bundles/web/config.json
 cp "$bundle" "$work/config.json"
 jq '.mounts += [{destination: "/missing", type: "bind", source: "/nonexistent/file", options: ["rbind", "ro"]}]' \
