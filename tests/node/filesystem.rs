@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::pair::{LEASE, MIB, Pair};
-use crate::support::{Node, allocated, hash, image, run, wait_for};
+use crate::support::{Node, allocated, hash, image, random_image, run, wait_for};
 
 /// A mount that is taken away when dropped.
 struct Mount(Option<PathBuf>);
@@ -103,7 +103,7 @@ fn ext4_on_a_disk_that_is_still_filling() {
     for number in 0..60_u64 {
         let directory = mount.path().join(format!("d{}", number % 7));
         std::fs::create_dir_all(&directory).unwrap();
-        image(&directory.join(format!("f{number}")), 1 + number * 12_345, number, &[0..1 + number * 12_345]);
+        random_image(&directory.join(format!("f{number}")), 1 + number * 12_345, number);
     }
     let originals = files(mount.path());
     assert_eq!(originals.len(), 60);
@@ -125,7 +125,7 @@ fn ext4_on_a_disk_that_is_still_filling() {
     write_synced(&mount.path().join("new"), &[7; 3 << 20]);
     write_synced(&mount.path().join("d1/f1"), b"changed");
     let big = mount.path().join("big");
-    image(&big, 16 * MIB, 99, &[0..16 * MIB]);
+    random_image(&big, 16 * MIB, 99);
     std::fs::File::open(&big).unwrap().sync_all().unwrap();
     let store = pair.b_directory().join("disk.img");
     let full = allocated(&store);

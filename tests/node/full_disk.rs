@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::client::{Client, Nbdkit, repeated};
-use crate::support::{Node, image, run};
+use crate::support::{Node, random_image, run};
 
 const MIB: u64 = 1 << 20;
 
@@ -40,7 +40,7 @@ impl Drop for SmallDisk {
 fn pauses_and_goes_on(node_dir: &Path, disk: &SmallDisk, options: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source.img");
-    image(&source, 32 * MIB, 51, &[0..32 * MIB]);
+    random_image(&source, 32 * MIB, 51);
     let upstream = Nbdkit::start(dir.path(), &source, 0);
     let filler = disk.fill(24);
     let node = Node::start(node_dir, &[]);

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::client::{Client, bytes, repeated};
-use crate::support::{Node, PATIENCE, hash, image, run};
+use crate::support::{Node, PATIENCE, hash, random_image, run};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 128 * MIB;
@@ -70,7 +70,7 @@ fn cut_off(name: &str) -> (Hosts, [Client; 3]) {
     let network = Network::new(name);
     let dir = tempfile::tempdir().unwrap();
     let web = dir.path().join("web.img");
-    image(&web, SIZE, 61, &[0..SIZE]);
+    random_image(&web, SIZE, 61);
     let disk = format!("web={}", web.display());
     let options = ["--insecure", "--lease", "2s", "--peer"];
     let a = [&options[..], &["10.99.0.1:10810", "--disk", &disk]].concat();

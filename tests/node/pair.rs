@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::client::Client;
-use crate::support::{Node, free_port, hash, image};
+use crate::support::{Node, free_port, hash, random_image};
 
 pub const MIB: u64 = 1 << 20;
 /// The lease of the nodes.
@@ -87,7 +87,7 @@ impl Pair {
     /// With another lease than the usual one.
     pub fn with_lease(seed: u64, lease: Duration) -> Pair {
         let dir = tempfile::tempdir().unwrap();
-        image(&dir.path().join("web.img"), SIZE, seed, &[0..SIZE]);
+        random_image(&dir.path().join("web.img"), SIZE, seed);
         Pair::of_image(dir, lease)
     }
 

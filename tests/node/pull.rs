@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::client::{Client, Nbdkit, crowd, map};
-use crate::support::{Background, Node, allocated, image, run, wait_for_socket};
+use crate::support::{Background, Node, allocated, image, random_image, run, wait_for_socket};
 
 const GIB: u64 = 1 << 30;
 const MIB: u64 = 1 << 20;
@@ -61,7 +61,7 @@ fn a_gib_arrives(dir: &Path, source: &Path, from: &str) {
 fn a_gib_from_qemu_nbd() {
     let dir = tempfile::tempdir().unwrap();
     let (source, socket) = (dir.path().join("source.img"), dir.path().join("qemu.sock"));
-    image(&source, GIB, 1, &[0..GIB]);
+    random_image(&source, GIB, 1);
     let (socket_text, source_text) = (socket.to_str().unwrap(), source.to_str().unwrap());
     let options = ["--persistent", "--read-only", "--format=raw", "--shared=8", "--export-name=disk"];
     let _qemu =
@@ -74,7 +74,7 @@ fn a_gib_from_qemu_nbd() {
 fn a_gib_from_a_node() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source.img");
-    image(&source, GIB, 2, &[0..GIB]);
+    random_image(&source, GIB, 2);
     let node = Node::start(dir.path().join("a"), &[]);
     node.cli(&["add", "disk", source.to_str().unwrap()]);
     a_gib_arrives(dir.path(), &source, &node.uri("disk"));
@@ -86,7 +86,7 @@ fn a_finished_export_needs_its_upstream_no_more_and_is_a_source() {
     let source = dir.path().join("source.img");
     // Not a multiple of the block, with a partial last one.
     let size = 48 * MIB + 1234;
-    image(&source, size, 3, &[0..size]);
+    random_image(&source, size, 3);
     let mut upstream = Nbdkit::start(dir.path(), &source, 0);
     let mut node = Node::start(dir.path().join("b"), &[]);
     node.cli(&["pull", "disk", "--from", &upstream.uri()]);
@@ -145,7 +145,7 @@ fn holes_are_skipped_and_stay_holes() {
 fn sixty_four_clients_that_read_the_same_missing_block_make_one_fetch() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source.img");
-    image(&source, 64 * MIB, 5, &[0..64 * MIB]);
+    random_image(&source, 64 * MIB, 5);
     // Slow enough that all of them wait for the one fetch.
     let upstream = Nbdkit::start(dir.path(), &source, 2000);
     let node = Node::start(dir.path().join("b"), &[]);
@@ -162,7 +162,7 @@ fn sixty_four_clients_that_read_the_same_missing_block_make_one_fetch() {
 fn fio_finds_its_own_data_on_a_disk_that_is_still_filling() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source.img");
-    image(&source, 64 * MIB, 6, &[0..64 * MIB]);
+    random_image(&source, 64 * MIB, 6);
     let upstream = Nbdkit::start(dir.path(), &source, 0);
     let node = Node::start(dir.path().join("b"), &[]);
     node.cli(&["pull", "disk", "--from", &upstream.uri(), "--rate", &(16 * MIB).to_string()]);

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::client::{Client, Nbdkit, repeated};
-use crate::support::{Node, image, run, wait_for};
+use crate::support::{Node, random_image, run, wait_for};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 96 * MIB;
@@ -92,7 +92,7 @@ fn assert_same(found: &[u8], expected: &[u8]) {
 fn nothing_acknowledged_is_lost(end: impl Fn(&mut Node)) {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source.img");
-    image(&source, SIZE, 11, &[0..SIZE]);
+    random_image(&source, SIZE, 11);
     let upstream = Nbdkit::start(dir.path(), &source, 0);
     let mut node = Node::start(dir.path().join("b"), &[]);
     node.cli(&["pull", "disk", "--from", &upstream.uri(), "--rate", &(4 * MIB).to_string()]);
@@ -136,7 +136,7 @@ fn a_stopped_node_has_lost_no_acknowledged_write() {
 fn the_pull_goes_on_after_a_restart_and_fetches_nothing_twice() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source.img");
-    image(&source, SIZE, 12, &[0..SIZE]);
+    random_image(&source, SIZE, 12);
     let upstream = Nbdkit::start(dir.path(), &source, 0);
     let mut node = Node::start(dir.path().join("b"), &[]);
     node.cli(&["pull", "disk", "--from", &upstream.uri(), "--rate", &(16 * MIB).to_string()]);
@@ -162,7 +162,7 @@ fn the_pull_goes_on_after_a_restart_and_fetches_nothing_twice() {
 fn an_upstream_of_another_size_after_a_restart_is_not_believed() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("source.img");
-    image(&source, SIZE, 13, &[0..SIZE]);
+    random_image(&source, SIZE, 13);
     let mut upstream = Nbdkit::start(dir.path(), &source, 0);
     let mut node = Node::start(dir.path().join("b"), &[]);
     node.cli(&["pull", "disk", "--from", &upstream.uri(), "--no-background"]);

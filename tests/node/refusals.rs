@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use crate::pair::{MIB, Pair};
-use crate::support::{Node, Said, free_port, image, program};
+use crate::support::{Node, Said, free_port, program, random_image};
 
 /// The node's whole state: what `status` says (figures of the moment left out) and what lies in its state directory.
 fn state(node: &Node) -> (serde_json::Value, Vec<String>) {
@@ -55,8 +55,8 @@ fn disks_that_cannot_be_made() {
     let dir = tempfile::tempdir().unwrap();
     let node = Node::start(dir.path().join("a"), &[]);
     let (one, two) = (dir.path().join("one.img"), dir.path().join("two.img"));
-    image(&one, MIB, 1, &[0..MIB]);
-    image(&two, MIB, 2, &[0..MIB]);
+    random_image(&one, MIB, 1);
+    random_image(&two, MIB, 2);
     let (one, two) = (one.to_str().unwrap(), two.to_str().unwrap());
     let missing = dir.path().join("missing.img");
     refused(&node, 1, &["add", "web", missing.to_str().unwrap()], &["missing.img", "No such file"]);
@@ -185,7 +185,7 @@ fn phases_that_do_not_allow_it() {
 fn peers_that_cannot_be_reached() {
     let dir = tempfile::tempdir().unwrap();
     let web = dir.path().join("web.img");
-    image(&web, MIB, 3, &[0..MIB]);
+    random_image(&web, MIB, 3);
     let disk = format!("web={}", web.display());
     let alone = Node::start(dir.path().join("alone"), &["--disk", &disk]);
     let nobody = format!("127.0.0.1:{}", free_port());

@@ -262,6 +262,11 @@ pub fn wait_for_socket(path: &Path) {
     wait_for(&format!("a socket at {}", path.display()), || std::os::unix::net::UnixStream::connect(path).is_ok());
 }
 
+/// A file of `size` random bytes.
+pub fn random_image(path: &Path, size: u64, seed: u64) {
+    image(path, size, seed, std::slice::from_ref(&(0..size)));
+}
+
 /// A file of `size` bytes with random bytes (xorshift, by `seed`) in the given byte ranges, holes elsewhere.
 pub fn image(path: &Path, size: u64, seed: u64, data: &[std::ops::Range<u64>]) {
     let file = std::fs::File::create(path).unwrap();
