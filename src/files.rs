@@ -19,6 +19,7 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
 /// Makes the entry of a file in its directory durable.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
+        Some(directory) if directory.as_os_str().is_empty() => File::open(".")?.sync_all(),
         Some(directory) => File::open(directory)?.sync_all(),
         None => Ok(()),
     }

@@ -97,6 +97,7 @@ open_b() {
 }
 
 cut_link() { ip -n "$prefix-wire" link set hosta down; }
+mend_link() { ip -n "$prefix-wire" link set hosta up; }
 
 # start_node HOST: the host's one long-running process. Both hosts share this machine's runc state directory and cgroups,
 # so each gets a runc of its own that keeps them apart.
@@ -108,7 +109,7 @@ start_node() {
   chmod +x "$work/$host/runc"
   in_background "host$host" "$programs/lazy-migrate" --control "$work/$host/control.sock" serve --state-dir "$work/$host/state" --peer "$address:10810" --insecure \
     --runtime "runc=$work/$host/runc" --bundle-dir "$work/$host/bundles" --mount-dir "$work/$host/mnt" \
-    </dev/null >"$work/$host/node.log" 2>&1 &
+    </dev/null >>"$work/$host/node.log" 2>&1 &
   node_pid[$host]=$!
   wait_until 20 "the node of host $host does not answer" node_answers "$host"
 }
@@ -122,7 +123,11 @@ make_root() {
   local file
   mkdir -p "$1"/{data,proc,sys,dev,tmp}
   install "$programs/service" "$1/service"
-  for file in 0 1 2; do head -c "$((mib / 3))M" /dev/urandom >"$1/data/$file"; done
+  # Python's own generator: the kernel's is slow in a guest without KVM.
+  for file in 0 1 2; do
+    python3 -c 'import random, sys
+for _ in range(int(sys.argv[1])): sys.stdout.buffer.write(random.randbytes(1 << 20))' "$((mib / 3))" >"$1/data/$file"
+  done
 }
 
 # make_bundle HOST ROOT
@@ -135,6 +140,38 @@ make_bundle() {
     | .linux.cgroupsPath = $cgroup | .linux.namespaces |= map(select(.type != "cgroup"))
     | (.linux.namespaces[] | select(.type == "network")).path = $netns' "$bundle/config.json" >"$bundle/new"
   mv "$bundle/new" "$bundle/config.json"
+}
+
+# The whole stage: two nodes, a disk with a container on A, and a client that talks to it.
+# Sets log_a and log_b, the service's log as each host sees it.
+set_the_stage() {
+  local device
+  say "two hosts as network namespaces, with one wire"
+  make_network
+  start_node a
+  start_node b
+
+  say "A: a disk of $((mib + 100)) MiB as export web, attached, with a filesystem on it"
+  truncate -s "$((mib + 100))M" "$work/a/web.img"
+  on a add web "$work/a/web.img" >&2
+  device=$(on a attach web)
+  mkfs.ext4 -q "$device"
+  mkdir -p "$work/a/mnt/web"
+  mount "$device" "$work/a/mnt/web"
+  say "A: the container's root, with $mib MiB of random files, on $device"
+  make_root "$work/a/mnt/web/rootfs"
+  make_bundle a "$work/a/mnt/web/rootfs"
+  make_bundle b "$work/b/mnt/web/rootfs"
+  (cd "$work/a/mnt/web/rootfs" && sha256sum data/*) >"$work/sums"
+  sync -f "$work/a/mnt/web"
+
+  "$work/a/runc" run -d -b "$work/a/bundles/web" web </dev/null >/dev/null 2>&1 ||
+    fail "runc could not start the container: $("$work/a/runc" run -b "$work/a/bundles/web" web 2>&1 </dev/null | tail -n 3)"
+  log_a=$work/a/mnt/web/rootfs/log log_b=$work/b/mnt/web/rootfs/log
+  wait_until 30 "the service does not write to its log" log_above "$log_a" 3
+  announce a
+  start_client
+  open_b
 }
 
 # last_line LOG: the last number in it; 0 if there is none, or if it cannot be read (its disk may be stuck or gone).
@@ -198,7 +235,21 @@ clean_up() {
   local status=$? host name dir
   trap - EXIT
   trap '' INT TERM HUP # not twice
+  [ -z "${EXAMPLE_LOGS:-}" ] || cp "$work/a/node.log" "$EXAMPLE_LOGS/a.log" 2>/dev/null || true
+  [ -z "${EXAMPLE_LOGS:-}" ] || cp "$work/b/node.log" "$EXAMPLE_LOGS/b.log" 2>/dev/null || true
   [ -z "$client_pid" ] || stop_process "$client_pid"
+  for host in "${!node_pid[@]}"; do kill "${node_pid[$host]}" 2>/dev/null || true; done
+  for host in "${!node_pid[@]}"; do
+    for _ in $(seq 100); do
+      kill -0 "${node_pid[$host]}" 2>/dev/null || break
+      sleep 0.1
+    done
+    kill -KILL "${node_pid[$host]}" 2>/dev/null || true
+  done
+  # All of it is thrown away; and a disk that is fenced would hold whoever waits for it, for ever.
+  for dir in /sys/block/nbd*; do
+    ! grep -qs "$work/" "$dir/backend" || timeout 20 nbd-client -d "/dev/${dir##*/}" >/dev/null 2>&1 || true
+  done
   for host in a b; do
     [ -x "$work/$host/runc" ] || continue
     for name in $("$work/$host/runc" list -q 2>/dev/null); do
@@ -209,19 +260,9 @@ clean_up() {
     done
     for dir in "$work/$host/mnt"/*; do
       mountpoint -q "$dir" 2>/dev/null || continue
-      fsfreeze -u "$dir" 2>/dev/null || true
+      timeout 20 fsfreeze -u "$dir" 2>/dev/null || true
       timeout 20 umount "$dir" 2>/dev/null || umount -l "$dir" 2>/dev/null || true
     done
-    timeout 20 nsenter --net="/run/netns/$prefix-host$host" "$programs/lazy-migrate" --control "$work/$host/control.sock" \
-      detach web >/dev/null 2>&1 || true
-  done
-  for host in "${!node_pid[@]}"; do kill "${node_pid[$host]}" 2>/dev/null || true; done
-  for host in "${!node_pid[@]}"; do
-    for _ in $(seq 100); do
-      kill -0 "${node_pid[$host]}" 2>/dev/null || break
-      sleep 0.1
-    done
-    kill -KILL "${node_pid[$host]}" 2>/dev/null || true
   done
   for name in wire hosta hostb ca cb client; do ip netns del "$prefix-$name" 2>/dev/null || true; done
   for host in a b; do rmdir "/sys/fs/cgroup/$prefix-$host" 2>/dev/null || true; done

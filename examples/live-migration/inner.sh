@@ -6,6 +6,7 @@
 #   inner.sh PROGRAMS [--fail-link]     PROGRAMS: the directory with lazy-migrate, service and client
 #   EXAMPLE_MIB (150): size of the files that the container holds
 #   EXAMPLE_SECONDS (3): how long it runs before the move
+#   EXAMPLE_LOGS: a directory that gets the nodes' logs
 #
 #           hosta  10.78.0.1 --+              +-- 10.78.0.2  hostb          the two nodes, and the migration's link
 #                              +---- wire ----+
@@ -26,32 +27,7 @@ trap clean_up EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM HUP
 
-say "two hosts as network namespaces, with one wire"
-make_network
-start_node a
-start_node b
-
-say "A: a disk of $((mib + 100)) MiB as export web, attached, with a filesystem on it"
-truncate -s "$((mib + 100))M" "$work/a/web.img"
-on a add web "$work/a/web.img" >&2
-device=$(on a attach web)
-mkfs.ext4 -q "$device"
-mkdir -p "$work/a/mnt/web"
-mount "$device" "$work/a/mnt/web"
-say "A: the container's root, with $mib MiB of random files, on $device"
-make_root "$work/a/mnt/web/rootfs"
-make_bundle a "$work/a/mnt/web/rootfs"
-make_bundle b "$work/b/mnt/web/rootfs"
-(cd "$work/a/mnt/web/rootfs" && sha256sum data/*) >"$work/sums"
-sync -f "$work/a/mnt/web"
-
-"$work/a/runc" run -d -b "$work/a/bundles/web" web </dev/null >/dev/null 2>&1 ||
-  fail "runc could not start the container: $("$work/a/runc" run -b "$work/a/bundles/web" web 2>&1 </dev/null | tail -n 3)"
-log_a=$work/a/mnt/web/rootfs/log log_b=$work/b/mnt/web/rootfs/log
-wait_until 30 "the service does not write to its log" log_above "$log_a" 3
-announce a
-start_client
-open_b
+set_the_stage
 sleep "$seconds"
 say "A: the service has written $(last_line "$log_a") numbers to its disk, and answers the client"
 
@@ -72,7 +48,7 @@ if [ "$fail_link" = 0 ]; then
   [ "$(last_line "$log_b")" -ge "$(jq .last_number "$work/client.json")" ] ||
     { say "B: a number that the client was told is durable is not in the log"; verified=false; }
   # Read from the disk, not from what was cached while it was being filled.
-  sync && echo 3 >/proc/sys/vm/drop_caches
+  sync -f "$work/b/mnt/web" && echo 3 >/proc/sys/vm/drop_caches
   (cd "$work/b/mnt/web/rootfs" && sha256sum --quiet -c "$work/sums" >&2) || { say "B: files differ"; verified=false; }
   jq -c -n --slurpfile m "$work/migrate.json" --slurpfile c "$work/client.json" --argjson verified "$verified" '
     {frozen_ms: $m[0].frozen_ms, client_longest_gap_ms: $c[0].longest_gap_ms, client_lost: $c[0].lost,
@@ -114,7 +90,8 @@ say "A: the service went on from $frozen_at and is at $(last_line "$log_a")"
 wait_until 30 "the client gets no replies from A" client_lives
 stop_client
 [ "$first_sum" = "$second_sum" ] || { say "A: the disk changed between handover and rollback"; verified=false; }
-sync && echo 3 >/proc/sys/vm/drop_caches
+# Not a sync of everything: B's fenced disk would hold it.
+sync -f "$work/a/mnt/web" && echo 3 >/proc/sys/vm/drop_caches
 (cd "$work/a/mnt/web/rootfs" && sha256sum --quiet -c "$work/sums" >&2) || { say "A: files differ"; verified=false; }
 jq -c -n --slurpfile c "$work/client.json" --argjson status "$status" --argjson verified "$verified" \
   --argjson total "$((($(date +%s%N) - began) / 1000000))" '

@@ -32,6 +32,9 @@ pub const CLIENT_REQUESTS_IN_FLIGHT: usize = 1024;
 pub const CLIENT_QUEUE: usize = 256;
 /// Bytes that a client connection holds for sending before it takes further requests from its queue.
 pub const CLIENT_OUTPUT_HIGH_WATER: usize = 8 << 20;
+/// How long a client connection that is being closed waits for its last replies, and for the server to take its last
+/// requests.
+pub const CLIENT_CLOSE_TIME: Duration = Duration::from_secs(5);
 /// Pieces of one split request that are in flight at a time.
 pub const CLIENT_PIECES_IN_FLIGHT: usize = 4;
 /// Longest piece of a request without payload (TRIM, WRITE_ZEROES), in bytes; a multiple of every block size.

@@ -406,6 +406,20 @@ async fn a_server_that_breaks_the_protocol_is_left() {
 }
 
 #[tokio::test]
+async fn a_server_that_never_answers_does_not_keep_a_connection_that_is_closed() {
+    let export = Arc::new(Probe::new(SIZE, |_| Verdict::After(CancellationToken::new())));
+    let (client, _served) = connect(export.clone(), true, 65536).await;
+    let reader = tokio::spawn({
+        let client = client.clone();
+        async move { client.read(0, 4096).await }
+    });
+    until("the request at the server", || export.calls().len() == 1).await;
+    within(client.close()).await;
+    let error = within(reader).await.unwrap().unwrap_err();
+    assert!(error.is_closed() && error.to_string().contains("did not answer any more"), "{error}");
+}
+
+#[tokio::test]
 async fn a_read_in_one_chunk_is_not_copied_and_queued_requests_leave_together() {
     let (stream, acting) = act(vec![export_info(TransmissionFlags::HAS_FLAGS)], |mut stream| async move {
         let mut buffer = vec![0; 65536];

@@ -29,10 +29,11 @@ const ABANDONED: u8 = 2;
 /// A disk that does not take the data would hold this for good: after `limit` the call gives up, and the file system is
 /// thawed as soon as the kernel's freeze returns. The same happens when the future is dropped.
 pub async fn freeze(mount: &Path, limit: Duration) -> Result<(), Error> {
-    let dir = open(mount)?;
     let state = Arc::new(AtomicU8::new(PENDING));
     let abandon = Abandon(state.clone());
+    let path = mount.to_owned();
     let work = tokio::task::spawn_blocking(move || {
+        let dir = open(&path)?;
         let result = answered(raw::fifreeze_fs(&dir), Errno::EBUSY);
         let known = state.compare_exchange(PENDING, DONE, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if result.is_ok()
@@ -41,7 +42,7 @@ pub async fn freeze(mount: &Path, limit: Duration) -> Result<(), Error> {
         {
             tracing::error!(%error, "a file system stays frozen after a freeze that came too late");
         }
-        result
+        result.map_err(io_error("freeze the file system at", &path))
     });
     match tokio::time::timeout(limit, work).await {
         Ok(joined) => finished("freeze the file system at", mount, joined),
@@ -53,8 +54,11 @@ pub async fn freeze(mount: &Path, limit: Duration) -> Result<(), Error> {
 
 /// Lets the file system at `mount` go on.
 pub async fn thaw(mount: &Path) -> Result<(), Error> {
-    let dir = open(mount)?;
-    let work = tokio::task::spawn_blocking(move || answered(raw::fithaw_fs(&dir), Errno::EINVAL));
+    let path = mount.to_owned();
+    let work = tokio::task::spawn_blocking(move || {
+        let dir = open(&path)?;
+        answered(raw::fithaw_fs(&dir), Errno::EINVAL).map_err(io_error("thaw the file system at", &path))
+    });
     finished("thaw the file system at", mount, work.await)
 }
 
@@ -74,6 +78,7 @@ impl Drop for Abandon {
     }
 }
 
+/// Blocks: the disk may be far away, and this very process may be what serves it.
 fn open(mount: &Path) -> Result<File, Error> {
     File::open(mount).map_err(Error::io("open", mount))
 }
@@ -89,13 +94,13 @@ fn answered(result: nix::Result<()>, already: Errno) -> nix::Result<()> {
 fn finished(
     what: &'static str,
     mount: &Path,
-    joined: Result<nix::Result<()>, tokio::task::JoinError>,
+    joined: Result<Result<(), Error>, tokio::task::JoinError>,
 ) -> Result<(), Error> {
-    let path = || PathBuf::from(mount);
-    match joined {
-        Ok(result) => result.map_err(|errno| Error::Io { what, path: path(), source: errno.into() }),
-        Err(join) => Err(Error::Io { what, path: path(), source: join.into() }),
-    }
+    joined.map_err(|join| Error::Io { what, path: PathBuf::from(mount), source: join.into() })?
+}
+
+fn io_error(what: &'static str, mount: &Path) -> impl FnOnce(Errno) -> Error {
+    move |errno| Error::Io { what, path: PathBuf::from(mount), source: errno.into() }
 }
 
 mod raw {

@@ -132,6 +132,7 @@ impl Runc {
 
     async fn do_freeze(&self, id: &ContainerId) -> Result<(), Error> {
         let now = self.do_inspect(id).await?;
+        let cgroup = now.cgroup.ok_or_else(|| wrong_state(id, "freeze", now.status))?;
         match now.status {
             ContainerStatus::Running => {
                 let what = format!("freeze container {id}");
@@ -147,7 +148,7 @@ impl Runc {
             ContainerStatus::Paused => {}
             other => return Err(wrong_state(id, "freeze", other)),
         }
-        self.wait_frozen(id, true).await
+        wait_frozen(id, &cgroup, true).await
     }
 
     async fn do_thaw(&self, id: &ContainerId) -> Result<(), Error> {
@@ -171,25 +172,9 @@ impl Runc {
         // At once: a rollback waits for both.
         let (lifted, resumed) = tokio::join!(lift, resume);
         resumed?;
-        self.wait_frozen(id, false).await?;
+        let cgroup = now.cgroup.ok_or_else(|| wrong_state(id, "thaw", now.status))?;
+        wait_frozen(id, &cgroup, false).await?;
         lifted
-    }
-
-    async fn wait_frozen(&self, id: &ContainerId, wanted: bool) -> Result<(), Error> {
-        let cgroup = self.live_cgroup(id, if wanted { "freeze" } else { "thaw" }).await?;
-        let deadline = Instant::now() + FREEZE_LIMIT;
-        while cgroup.is_frozen()? != wanted {
-            if Instant::now() >= deadline {
-                return Err(Error::TimedOut {
-                    program: "the kernel".to_owned(),
-                    what: format!("{} container {id}", if wanted { "freeze" } else { "thaw" }),
-                    limit: FREEZE_LIMIT,
-                    detail: String::new(),
-                });
-            }
-            tokio::time::sleep(POLL).await;
-        }
-        Ok(())
     }
 
     async fn live_cgroup(&self, id: &ContainerId, what: &'static str) -> Result<Cgroup, Error> {
@@ -378,6 +363,22 @@ impl Runc {
         let program = self.binary.display().to_string();
         Error::Failed { program, what, status: said.status.clone(), detail: said.why() }
     }
+}
+
+async fn wait_frozen(id: &ContainerId, cgroup: &Cgroup, wanted: bool) -> Result<(), Error> {
+    let deadline = Instant::now() + FREEZE_LIMIT;
+    while cgroup.is_frozen()? != wanted {
+        if Instant::now() >= deadline {
+            return Err(Error::TimedOut {
+                program: "the kernel".to_owned(),
+                what: format!("{} container {id}", if wanted { "freeze" } else { "thaw" }),
+                limit: FREEZE_LIMIT,
+                detail: String::new(),
+            });
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
 }
 
 fn wrong_state(id: &ContainerId, what: &'static str, status: ContainerStatus) -> Error {

@@ -109,17 +109,25 @@ async fn one(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> R
     Ok(Json(node.disk(&name(&disk)?)?.status()))
 }
 
+/// Does what must not stop half way, to its end: a client that leaves (an interrupted command) drops its question.
+async fn to_the_end<T: Send + 'static>(work: impl Future<Output = Outcome<T>> + Send + 'static) -> Outcome<T> {
+    tokio::spawn(work).await.map_err(|error| {
+        Failure::failed(format!("the command broke off ({error}); look at `lazy-migrate status` and the node's log"))
+    })?
+}
+
 async fn add(State(node): State<Arc<Node>>, Json(ask): Json<AddAsk>) -> Reply<DiskStatus> {
-    Ok(Json(node.add(ask.name, ask.image).await?.status()))
+    Ok(Json(to_the_end(async move { node.add(ask.name, ask.image).await }).await?.status()))
 }
 
 async fn pull(State(node): State<Arc<Node>>, Json(ask): Json<PullAsk>) -> Reply<DiskStatus> {
-    Ok(Json(node.pull(ask).await?.status()))
+    Ok(Json(to_the_end(async move { node.pull(ask).await }).await?.status()))
 }
 
 async fn remove(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<Value> {
     let disk = name(&disk)?;
-    node.remove(&disk).await?;
+    let name = disk.clone();
+    to_the_end(async move { node.remove(&name).await }).await?;
     Ok(Json(json!({ "name": disk, "removed": true })))
 }
 
@@ -128,13 +136,15 @@ async fn attach(
     UrlPath(disk): UrlPath<String>,
     Json(ask): Json<AttachAsk>,
 ) -> Reply<AttachReply> {
-    let device = node.attach(&name(&disk)?, ask.via, ask.device).await?;
+    let disk = name(&disk)?;
+    let device = to_the_end(async move { node.attach(&disk, ask.via, ask.device).await }).await?;
     Ok(Json(AttachReply { device }))
 }
 
 async fn detach(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<Value> {
     let disk = name(&disk)?;
-    node.detach(&disk).await?;
+    let name = disk.clone();
+    to_the_end(async move { node.detach(&name).await }).await?;
     Ok(Json(json!({ "name": disk, "attached": false })))
 }
 

@@ -153,10 +153,20 @@ impl DeviceSlot {
             limit: ATTACH_LIMIT,
         };
         let connector = self.connector();
-        let attached = AttachDevice::attach(&request, &*connector)
+        let mut attached = AttachDevice::attach(&request, &*connector)
             .await
             .map_err(|error| Failure::failed(format!("cannot attach {}: {}", self.name, chain(&error))))?;
-        self.write_record(attached.record())?;
+        if let Err(failure) = self.write_record(attached.record()) {
+            // Without its record nobody could detach it; nobody uses it yet.
+            return Err(match attached.abandon().await {
+                Ok(()) => failure,
+                Err(error) => failure.context(format!(
+                    "{} stays attached and unrecorded ({}), detach it by hand",
+                    attached.device().display(),
+                    chain(&error)
+                )),
+            });
+        }
         if let Some(listening) = fuse
             && matches!(attached.record().how, How::Fuse { .. })
         {

@@ -98,16 +98,18 @@ impl Gate {
     }
 
     /// Changes the mode for all requests from now on, and waits until those that were admitted before have ended their
-    /// changes.
+    /// changes. May be dropped: then the mode counts all the same, and only the waiting is given up.
     pub async fn set(&self, mode: GateMode) {
         let _one_at_a_time = self.setting.lock().await;
         self.draining.store(true, Ordering::SeqCst);
-        // Passes of the change before last, if somebody gave up waiting for them: their slot is needed now.
         let old = self.word.load(Ordering::SeqCst);
         let (slot, next) = (number(old) & 1, number(old).wrapping_add(1));
+        // The mode counts from here on, also if the caller gives up waiting.
+        self.word.store(number(old) << 2 | mode as u64, Ordering::SeqCst);
+        self.changed.send_replace(());
+        // Passes of the change before last, if somebody gave up waiting for them: their slot is needed now.
         self.drain(1 - slot).await;
         self.word.store(next << 2 | mode as u64, Ordering::SeqCst);
-        self.changed.send_replace(());
         self.drain(slot).await;
         self.draining.store(false, Ordering::SeqCst);
     }
@@ -232,6 +234,20 @@ mod tests {
         drop(pass);
         change.await.unwrap();
         assert_eq!(gate.mode(), GateMode::ReadOnly);
+    }
+
+    #[tokio::test]
+    async fn a_change_counts_at_once_although_an_earlier_one_is_still_waited_for() {
+        let gate = gate(GateMode::Open);
+        let pass = gate.enter().ok().unwrap();
+        for mode in [GateMode::Held, GateMode::Open, GateMode::ReadOnly, GateMode::Closed] {
+            let set = tokio::time::timeout(Duration::from_millis(5), gate.set(mode)).await;
+            assert!(set.is_err(), "{mode:?} must wait for the pass");
+            assert_eq!(gate.mode(), mode);
+        }
+        drop(pass);
+        gate.set(GateMode::Open).await;
+        let _later = gate.enter().ok().unwrap();
     }
 
     #[tokio::test]

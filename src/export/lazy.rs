@@ -365,7 +365,10 @@ fn create_map(config: &ExportConfig, size: u64) -> Result<MapFile, ExportError> 
         return Err(ExportError::TooLarge(size));
     }
     let header = Header { size, block_size: config.block_size, identity: config.identity.clone() };
-    Ok(MapFile::create(&MapFiles::in_directory(&config.directory).durable, &header)?)
+    let files = MapFiles::in_directory(&config.directory);
+    // That of a map which somebody took away would be believed: its blocks are not in the new store.
+    files.retire_live()?;
+    Ok(MapFile::create(&files.durable, &header)?)
 }
 
 /// The map of an earlier process, checked against its store; or a new one, for which the store must not hold anything.

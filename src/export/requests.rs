@@ -37,7 +37,13 @@ impl Export for LazyExport {
         let range = ByteRange::at(offset, buffer.len() as u64);
         match inner.gate.serve() {
             Ok(()) if inner.disk.map.is_present(inner.disk.block_size.cover(range)) => {
-                ReadAnswer::Now(inner.disk.read(offset, buffer).map_err(|error| errno_of(&error)))
+                let read = inner.disk.read(offset, buffer);
+                // The lease may have ended while the disk was slow, or this process stood still.
+                match inner.gate.serve() {
+                    Ok(()) => ReadAnswer::Now(read.map_err(|error| errno_of(&error))),
+                    Err(Refusal::Fail(errno)) => ReadAnswer::Now(Err(errno)),
+                    Err(Refusal::Wait) => ReadAnswer::Later(Box::pin(read_later(inner.clone(), range))),
+                }
             }
             Err(Refusal::Fail(errno)) => ReadAnswer::Now(Err(errno)),
             Ok(()) | Err(Refusal::Wait) => ReadAnswer::Later(Box::pin(read_later(inner.clone(), range))),
@@ -76,11 +82,14 @@ impl Export for LazyExport {
     }
 
     fn cache(&self, offset: u64, length: u64) -> Answer<()> {
-        let blocks = self.inner.disk.block_size.cover(ByteRange::at(offset, length));
-        match &self.inner.fetcher {
-            Some(fetcher) if !self.inner.disk.map.is_present(blocks) => {
-                let fetcher = fetcher.clone();
+        let inner = &self.inner;
+        let blocks = inner.disk.block_size.cover(ByteRange::at(offset, length));
+        match &inner.fetcher {
+            Some(fetcher) if !inner.disk.map.is_present(blocks) => {
+                let (inner, fetcher) = (inner.clone(), fetcher.clone());
                 Answer::Later(Box::pin(async move {
+                    // Before the handover the source still changes: what came now would stay, and be stale.
+                    inner.gate.until_served().await?;
                     fetcher.fetch(blocks, Class::ReadAhead).await;
                     Ok(())
                 }))

@@ -212,7 +212,7 @@ impl Lab {
 }
 
 /// The tasks of a process end with it: none may go on beside the next one.
-async fn end(export: LazyExport) {
+pub(super) async fn end(export: LazyExport) {
     let tasks = export.inner.tasks.clone();
     drop(export);
     tasks.wait().await;

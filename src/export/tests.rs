@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::testing::{Lab, Source, done, eventually, read, unlocked};
 use super::{ExportConfig, ExportError, GateMode, LazyExport, PullState};
 use crate::limits::REGION;
-use crate::store::MapError;
+use crate::store::{MapError, MemoryStore};
 use crate::upstream::LinkState;
 
 const SIZE: usize = 10 * 4096 + 1234;
@@ -258,6 +258,50 @@ async fn the_freeze_point_admits_no_change_and_a_fence_holds_everything() {
     lab.export.gate().set(GateMode::Open).await;
     assert_eq!(writer.await.unwrap(), Ok(()));
     assert!(reader.await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn nothing_is_cached_before_the_gate_opens() {
+    let lab = Lab::new(Source::new(Source::pattern(SIZE)), quiet).await;
+    lab.export.gate().set(GateMode::Held).await;
+    let export = lab.export.clone();
+    let cached = tokio::spawn(async move { done(export.cache(0, 8192)).await });
+    let later = read(&lab.export, 0, 1);
+    let held = tokio::time::timeout(Duration::from_millis(50), later).await;
+    assert!(held.is_err() && lab.source.reads().is_empty(), "the source may still change its blocks");
+    lab.export.gate().set(GateMode::Open).await;
+    cached.await.unwrap().unwrap();
+    assert_eq!(lab.source.reads(), vec![(0, 8192)]);
+}
+
+#[tokio::test]
+async fn a_read_is_not_answered_after_the_lease_ended_in_the_middle_of_it() {
+    // The first look at the clock is within the lease, all others are after it.
+    let looks = std::sync::atomic::AtomicI64::new(0);
+    let store = Arc::new(MemoryStore::new(4096));
+    let export = LazyExport::local_on("disk", store, false).unwrap();
+    let export = export.with_clock(Arc::new(move || looks.fetch_add(1, Ordering::SeqCst)));
+    export.gate().set_deadline(1);
+    let answer = tokio::time::timeout(Duration::from_millis(30), read(&export, 0, 512)).await;
+    assert!(answer.is_err(), "it waits for the decision");
+    export.gate().set_deadline(i64::MAX);
+    assert_eq!(read(&export, 0, 512).await.unwrap(), vec![0; 512]);
+}
+
+#[tokio::test]
+async fn the_live_map_of_a_map_that_was_taken_away_is_not_believed() {
+    let lab = Lab::new(Source::new(Source::pattern(SIZE)), quiet).await;
+    read(&lab.export, 0, SIZE).await.unwrap();
+    let Lab { directory, source, export, .. } = lab;
+    super::testing::end(export).await;
+    unlocked(&directory).await;
+    std::fs::remove_file(directory.path().join("map")).unwrap();
+    let mut config = ExportConfig::new("disk", directory.path(), "test disk");
+    quiet(&mut config);
+    let store = Arc::new(MemoryStore::new(SIZE as u64));
+    let export = LazyExport::lazy_on(config, source.upstream(), store).await.unwrap();
+    export.start();
+    assert!(read(&export, 0, SIZE).await.unwrap() == source.bytes, "the new store has nothing yet");
 }
 
 #[tokio::test]

@@ -353,7 +353,7 @@ impl FetchQueue {
     fn join(&mut self, id: FlightId, wanted: BlockRange, class: Class, ticket: Ticket) {
         let Some(flight) = self.flights.get(&id) else { return };
         let promote = flight.class < class && matches!(flight.state, State::Waiting { .. });
-        let Some(inner) = flight.range.intersect(wanted).filter(|_| promote && flight.cargo == Cargo::Bytes) else {
+        let Some(inner) = flight.range.intersect(wanted).filter(|_| promote) else {
             self.attach(id, ticket);
             return;
         };

@@ -67,6 +67,16 @@ fn long_requests_are_cut_at_the_limit() {
 }
 
 #[test]
+fn demand_does_not_wait_for_the_background_to_make_zeroes() {
+    let mut queue = FetchQueue::new(256);
+    queue.background(&[run(0, 1000)], Cargo::Zeroes);
+    queue.request(&[run(40, 42)], Class::Demand).unwrap();
+    let flights = poll_all(&mut queue, Class::Demand);
+    assert_eq!((ranges(&flights), flights[0].cargo), (vec![(40, 42)], Cargo::Zeroes));
+    assert_eq!(ranges(&poll_all(&mut queue, Class::Background)), vec![(0, 40), (42, 1000)]);
+}
+
+#[test]
 fn demand_takes_just_its_blocks_out_of_a_background_flight_that_was_not_sent() {
     let mut queue = FetchQueue::new(256);
     queue.background(&[run(0, 100)], Cargo::Bytes);

@@ -61,6 +61,10 @@ impl Journal {
             .mode(0o600)
             .open(path)
             .map_err(io("cannot open journal"))?;
+        // A part of it must not be taken for a torn whole.
+        if file.metadata().map_err(io("cannot read journal"))?.len() > MAX_JOURNAL_BYTES {
+            return Err(io("too large to be a journal:")(io::ErrorKind::FileTooLarge.into()));
+        }
         let mut bytes = Vec::new();
         (&mut file).take(MAX_JOURNAL_BYTES).read_to_end(&mut bytes).map_err(io("cannot read journal"))?;
         let found =

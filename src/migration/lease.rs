@@ -49,10 +49,10 @@ impl Timings {
         if !within(Duration::from_secs(1), self.duration, Duration::from_secs(3600)) {
             return Err(BadTimings("the lease must last 1 s to 1 h"));
         }
-        if self.beat.is_zero() || self.beat * 3 > self.duration - self.margin.min(self.duration) {
+        if self.beat.is_zero() || self.beat.saturating_mul(3) > self.duration - self.margin.min(self.duration) {
             return Err(BadTimings("three beats must fit into the lease less its margin"));
         }
-        if self.margin * 2 > self.duration || self.margin < self.duration / 100 {
+        if self.margin.saturating_mul(2) > self.duration || self.margin < self.duration / 100 {
             return Err(BadTimings("the margin must be between a hundredth and a half of the lease"));
         }
         // Two clocks that drift by less than 1 % each stay within a fiftieth of the lease.
@@ -181,6 +181,14 @@ mod tests {
         assert!(Timings::of(Duration::from_millis(500)).checked().is_err());
         let no_guard = Timings { guard: Duration::ZERO, ..Timings::default() };
         assert!(no_guard.checked().is_err());
+        // A peer may send anything.
+        for odd in [
+            Timings { beat: Duration::MAX, ..Timings::default() },
+            Timings { margin: Duration::MAX, ..Timings::default() },
+            Timings { guard: Duration::MAX, ..Timings::default() },
+        ] {
+            assert!(odd.checked().is_err(), "{odd:?}");
+        }
     }
 
     #[test]

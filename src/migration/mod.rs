@@ -4,6 +4,8 @@
 //! [`record`] what the journal says. The driver is the only part that waits: it runs the machines' effects on the
 //! journal, the export, the container and the peer link.
 
+#[cfg(test)]
+mod document;
 pub mod driver;
 pub mod journal;
 pub mod lease;

@@ -91,7 +91,10 @@ impl Disk {
             Role::Source(source, _) => {
                 let view = source.view();
                 match view.record.phase {
-                    SourcePhase::Serving | SourcePhase::Released => None,
+                    SourcePhase::Serving | SourcePhase::Released if view.settled => None,
+                    SourcePhase::Serving | SourcePhase::Released => {
+                        Some("a migration of it is still being ended; try again in a few seconds".into())
+                    }
                     SourcePhase::HandedOver => Some(format!(
                         "{} still needs this disk until the migration is complete; wait for it, or roll back",
                         view.record.peer

@@ -148,7 +148,14 @@ impl Node {
     /// Waits until something is true of a disk.
     pub async fn wait(&self, name: &DiskName, what: WaitFor, timeout: Option<Duration>) -> Outcome<DiskStatus> {
         let disk = self.disk(name)?;
-        let waited = wait_for(&disk, what);
+        let waited = async {
+            tokio::select! {
+                waited = wait_for(&disk, what) => waited,
+                () = disk.stop.cancelled() => {
+                    Err(Failure::unreachable(format!("{name} was removed, or its node is shutting down")))
+                }
+            }
+        };
         match timeout {
             None => waited.await?,
             Some(timeout) => tokio::time::timeout(timeout, waited).await.map_err(|_| {
@@ -181,9 +188,23 @@ impl Node {
         }
         let mut role = disk.role.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let epoch = match &*role {
+            Role::Idle if matches!(disk.spec.origin, super::Origin::Migration { .. }) => {
+                return Err(Failure::refused(format!(
+                    "{} was never handed over to this host, so there is nothing to give away; remove it",
+                    disk.name()
+                )));
+            }
             Role::Idle => crate::units::Epoch::default(),
             Role::Source(source, _) => {
-                let record = source.view().record;
+                let view = source.view();
+                let record = view.record;
+                if record.phase == SourcePhase::Serving && !view.settled {
+                    // Its driver would be dropped with what it still has to do: thaw the container, say.
+                    return Err(Failure::refused(format!(
+                        "an earlier migration of {} is still being taken back; try again in a few seconds",
+                        disk.name()
+                    )));
+                }
                 if record.phase != SourcePhase::Serving {
                     return Err(Failure::refused(format!(
                         "{} is {} to {} at epoch {}; finish or cancel that first",
@@ -358,7 +379,7 @@ impl Node {
             tracing::warn!(disk = %disk.name(), %error, "a discarded store could not be synced");
         }
         self.disks.remove_if(disk.name(), |_, found| Arc::ptr_eq(found, disk));
-        if keep { self.move_aside(&disk.directory) } else { super::remove_directory(&disk.directory) }
+        if keep { self.move_aside(&disk.directory) } else { super::remove_directory_aside(&disk.directory).await }
     }
 }
 

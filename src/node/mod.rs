@@ -164,7 +164,7 @@ impl Node {
                 _ => Err(exists(&name)),
             };
         }
-        let _changing = self.begin(&name)?;
+        let _changing = self.begin_new(&name)?;
         let same = |origin: &Origin| match origin {
             Origin::Local { image: found } => found.canonicalize().ok() == image.canonicalize().ok(),
             _ => false,
@@ -198,7 +198,7 @@ impl Node {
                 _ => Err(exists(&ask.name)),
             };
         }
-        let _changing = self.begin(&ask.name)?;
+        let _changing = self.begin_new(&ask.name)?;
         let made = NewDirectory::make(&directory)?;
         let mut spec = DiskSpec::new(ask.name.clone(), 0, BlockSize::DEFAULT, origin(&ask.from));
         let export = self.open_pull(&spec).await?;
@@ -253,6 +253,7 @@ impl Node {
     fn make(self: &Arc<Self>, spec: DiskSpec, export: LazyExport) -> Outcome<Arc<Disk>> {
         let directory = self.directory(&spec.name);
         std::fs::create_dir_all(&directory)
+            .and_then(|()| crate::files::sync_parent(&directory))
             .map_err(|error| Failure::failed(format!("cannot make {}: {error}", directory.display())))?;
         let (journal, _) = open_journal(&directory, &spec.name)?;
         spec.write(&directory)?;
@@ -309,6 +310,7 @@ impl Node {
         let disks = self.config.state_dir.join("disks");
         let failed = |error: std::io::Error| Failure::failed(format!("cannot read {}: {error}", disks.display()));
         std::fs::create_dir_all(&disks).map_err(failed)?;
+        crate::files::sync_parent(&disks).map_err(failed)?;
         for entry in std::fs::read_dir(&disks).map_err(failed)? {
             let directory = entry.map_err(failed)?.path();
             let Some(spec) = DiskSpec::read(&directory)? else {
@@ -374,6 +376,13 @@ impl Node {
         self.config.state_dir.join("disks").join(name.as_str())
     }
 
+    /// The same for a name that must be new. Looked at again under the guard: what fails from here on removes the name's
+    /// directory, which must not be that of a disk that was made a moment ago.
+    fn begin_new(&self, name: &DiskName) -> Outcome<Changing<'_>> {
+        let changing = self.begin(name)?;
+        if self.disks.contains_key(name) { Err(exists(name)) } else { Ok(changing) }
+    }
+
     /// Nobody else makes or removes the same name meanwhile.
     fn begin(self: &Node, name: &DiskName) -> Outcome<Changing<'_>> {
         if self.disks.len() >= MAX_DISKS && !self.disks.contains_key(name) {
@@ -434,6 +443,14 @@ fn remove_directory(directory: &Path) -> Outcome<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// The same off the runtime's threads: giving the space of a large store back takes long, and heartbeats do not wait.
+async fn remove_directory_aside(directory: &Path) -> Outcome<()> {
+    let directory = directory.to_owned();
+    tokio::task::spawn_blocking(move || remove_directory(&directory))
+        .await
+        .map_err(|error| Failure::failed(format!("cannot remove a directory: {error}")))?
 }
 
 fn open_journal(directory: &Path, name: &DiskName) -> Outcome<(Journal, Option<Record>)> {

@@ -125,7 +125,7 @@ impl Node {
                 .map_err(|_| Failure::unreachable("the node is shutting down"))?;
             self.retire(&disk, record.owned).await?;
         }
-        let _changing = self.begin(&name)?;
+        let _changing = self.begin_new(&name)?;
         let source = match &ask.advertise {
             Some(address) => address.clone(),
             None => SocketAddr::new(from.ip(), ask.port).to_string(),
@@ -198,7 +198,7 @@ impl Node {
             Ok(disk) => {
                 let directory = disk.directory.join("images");
                 let received = async {
-                    super::remove_directory(&directory)?;
+                    super::remove_directory_aside(&directory).await?;
                     images::receive(&mut stream, &directory).await
                 };
                 match received.await {

@@ -1,11 +1,13 @@
 //! A checkpoint's images on their way: one connection, frames of [`crate::container::images`] one way, one answer back.
 
 use std::path::Path;
+use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::client::dial as dial_peer;
@@ -22,6 +24,10 @@ const READ_BYTES: usize = 1 << 20;
 /// The largest checkpoint that is taken: what a host's memory may be.
 const MAX_IMAGE_BYTES: u64 = 1 << 40;
 
+/// How long the destination may take no bytes, or leave the last answer out: meanwhile the container stands still. It
+/// reads large files back in between.
+const STALL_TIME: Duration = Duration::from_secs(60);
+
 /// A connection to the destination that carries the images of one checkpoint.
 pub async fn dial(address: &str, subject: &Subject) -> std::io::Result<TcpStream> {
     let mut stream = dial_peer(address, PREAMBLE_IMAGES).await?;
@@ -32,6 +38,12 @@ pub async fn dial(address: &str, subject: &Subject) -> std::io::Result<TcpStream
 /// Sends a directory while it grows; `dumped` says that it is whole. Returns when the destination has all of it.
 pub async fn send(mut stream: TcpStream, directory: &Path, dumped: CancellationToken) -> Outcome<Followed> {
     let lost = |error: std::io::Error| Failure::unreachable(format!("the checkpoint's stream broke: {error}"));
+    let stalled = || {
+        let seconds = STALL_TIME.as_secs();
+        Failure::unreachable(format!(
+            "the destination took nothing of the checkpoint for {seconds} s; check its node and its disk"
+        ))
+    };
     let (frames, outgoing) = mpsc::channel(QUEUE);
     let follower = ImageFollower::new(directory, frames).map_err(|error| Failure::failed(chain(&error)))?;
     let write = async {
@@ -46,14 +58,14 @@ pub async fn send(mut stream: TcpStream, directory: &Path, dumped: CancellationT
             {
                 frame.encode(&mut buffer);
             }
-            stream.write_all(&buffer).await.map_err(lost)?;
+            timeout(STALL_TIME, stream.write_all(&buffer)).await.map_err(|_| stalled())?.map_err(lost)?;
             buffer.clear();
         }
         Ok::<_, Failure>(())
     };
     let (followed, written) = tokio::join!(follower.run(dumped), write);
     // The destination says why it hung up, where it could.
-    let answer = read_json::<Response>(&mut stream).await;
+    let answer = timeout(STALL_TIME, read_json::<Response>(&mut stream)).await.map_err(|_| stalled())?;
     match answer {
         Ok(Response::Err(failure)) => return Err(failure.context("the destination did not take the checkpoint")),
         Ok(Response::Ok(_)) => {}

@@ -25,6 +25,9 @@ const MAX_CONNECTIONS: usize = 256;
 /// How long a connection may take to say what it is.
 const PREAMBLE_TIME: Duration = Duration::from_secs(10);
 
+/// How long a connection may be silent between questions: the other node keeps some, and dials anew.
+const IDLE_TIME: Duration = Duration::from_secs(60);
+
 /// What the node does with what arrives.
 pub trait PeerService: Send + Sync + 'static {
     /// Answers a question.
@@ -98,7 +101,7 @@ async fn connection(
 
 async fn messages(stream: TcpStream, from: SocketAddr, service: Arc<dyn PeerService>) -> std::io::Result<()> {
     let mut frames = Framed::new(stream, codec());
-    while let Some(frame) = frames.next().await {
+    while let Ok(Some(frame)) = tokio::time::timeout(IDLE_TIME, frames.next()).await {
         let response = match serde_json::from_slice(&frame?) {
             Ok(request) => match service.answer(from, request).await {
                 Ok(reply) => Response::Ok(reply),

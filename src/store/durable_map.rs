@@ -171,6 +171,8 @@ impl MapFile {
 
     /// Reads all pages into planes. A damaged page is an error, never a guess.
     pub fn load(&mut self, planes: &dyn Planes) -> Result<(), MapError> {
+        // What a dead process wrote may be in memory alone: the next persist must not replace the page below it before.
+        self.file.sync_data().map_err(MapError::io("sync", &self.path))?;
         let (mut slots, mut damaged) = ([[0; PAGE_BYTES]; 2], None);
         for index in 0..self.generations.len() {
             for (slot, bytes) in slots.iter_mut().enumerate() {
@@ -208,14 +210,20 @@ impl MapFile {
             return Ok(());
         }
         for (index, words) in &snapshot.pages {
-            let Some(generation) = self.generations.get_mut(*index) else { continue };
-            let next = *generation + 1;
+            let Some(generation) = self.generations.get(*index) else { continue };
+            let next = generation + 1;
             let offset = codec::slot_offset(*index, codec::slot_for(next));
             let bytes = codec::encode_page(*index, next, words);
             self.file.write_all_at(&bytes, offset).map_err(MapError::io("write", &self.path))?;
-            *generation = next;
         }
-        self.file.sync_data().map_err(MapError::io("sync", &self.path))
+        self.file.sync_data().map_err(MapError::io("sync", &self.path))?;
+        // Only now: until a slot is durable the other one is the last good one, and is not written.
+        for (index, _) in &snapshot.pages {
+            if let Some(generation) = self.generations.get_mut(*index) {
+                *generation += 1;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -241,4 +249,42 @@ fn lock(file: File, path: &Path) -> Result<Flock<File>, MapError> {
 fn sync_directory(path: &Path) -> io::Result<()> {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(parent)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    use super::*;
+    use crate::block_map::BLOCKS_PER_PAGE;
+    use crate::store::{MemoryStore, Store};
+    use crate::units::BlockSize;
+
+    #[test]
+    fn a_persist_that_fails_half_way_leaves_the_last_good_slot_alone() {
+        let file = File::from(memfd_create(c"map", MFdFlags::MFD_ALLOW_SEALING).unwrap());
+        // Of two pages only the first has its space.
+        file.set_len(codec::file_length(1)).unwrap();
+        fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_GROW)).unwrap();
+        let path = PathBuf::from("map");
+        let header =
+            Header { size: 4096 * 2 * BLOCKS_PER_PAGE, block_size: BlockSize::DEFAULT, identity: "disk".into() };
+        let mut map = MapFile { file: lock(file, &path).unwrap(), path, header, generations: vec![0; 2] };
+        let durable = MemoryStore::new(4096).sync().unwrap();
+        let first = MapSnapshot { pages: vec![(0, PageWords::default())] };
+        map.commit(&first, &durable).unwrap();
+        let slot = |map: &MapFile| {
+            let mut bytes = [0; PAGE_BYTES];
+            map.file.read_exact_at(&mut bytes, codec::slot_offset(0, codec::slot_for(1))).unwrap();
+            bytes
+        };
+        let good = slot(&map);
+        let full = PageWords { present: [u64::MAX; WORDS_PER_PAGE], dirty: [0; WORDS_PER_PAGE] };
+        let both = MapSnapshot { pages: vec![(0, full.clone()), (1, full)] };
+        for _ in 0..2 {
+            assert!(map.commit(&both, &durable).is_err());
+            assert!(slot(&map) == good, "what was durable was written over before something newer was");
+        }
+    }
 }

@@ -38,6 +38,7 @@ impl FileStore {
     /// Opens the store of a lazily filled export: a file is made, or lengthened, to exactly `size`; a block device must
     /// have at least `size`.
     pub fn open_or_create(path: &Path, size: u64) -> io::Result<Self> {
+        let made = !path.exists();
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
         if file.metadata()?.file_type().is_block_device() {
             let found = file.seek(SeekFrom::End(0))?;
@@ -47,6 +48,11 @@ impl FileStore {
             }
         } else {
             file.set_len(size)?;
+        }
+        if made {
+            // What is written to it later is durable only if it can be found.
+            file.sync_all()?;
+            crate::files::sync_parent(path)?;
         }
         Ok(Self { file, size, sync_failed: AtomicBool::new(false) })
     }

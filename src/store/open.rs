@@ -42,7 +42,11 @@ impl MapFiles {
         let header = file.header().clone();
         let blocks = header.block_size.count(header.size);
         let durable = HeapPlanes::new(blocks);
-        let loaded = file.load(&durable);
+        let loaded = match file.load(&durable) {
+            // A page that could not be read has a generation that is not known.
+            Err(error @ MapError::Io { .. }) => return Err(error),
+            loaded => loaded,
+        };
         if let Some(live) = LiveMap::reopen(&self.live, &header, boot)? {
             // A damaged page does no harm here: every page is written anew from the live map.
             let rewrite_all = loaded.is_err();

@@ -21,5 +21,5 @@ tail -n 1 "$programs/answer" | jq -e '
 left=$(ip netns list | grep lm-example || true
   grep live-migration /proc/self/mountinfo || true
   grep -v '^0$' /sys/block/nbd*/size || true
-  pgrep -a 'service|lazy-migrate' || true)
+  pgrep -a service || pgrep -a lazy-migrate || true)
 [ -z "$left" ] || { echo "left behind: $left" >&2; exit 1; }

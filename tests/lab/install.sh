@@ -51,8 +51,9 @@ install_qemu() {
     sed "/^Suites:/s/ $codename-updates/ $codename-updates $codename-backports/" \
       /etc/apt/sources.list.d/debian.sources >"$state/parts/backports.sources"
   else
-    echo "deb http://deb.debian.org/debian $codename main" >"$state/parts/backports.list"
-    echo "deb http://deb.debian.org/debian $codename-backports main" >>"$state/parts/backports.list"
+    # From the machine's own line for the release: the same server has the backports.
+    sed -nE "s/^(deb .*) $codename main.*/\1 $codename main\n\1 $codename-backports main/p" /etc/apt/sources.list \
+      >"$state/parts/backports.list"
   fi
   local options=(-o Dir::Etc::SourceList=/nonexistent -o "Dir::Etc::SourceParts=$state/parts"
     -o "Dir::State::Lists=$state/lists" -o "Dir::Cache=$state/cache")

@@ -4,6 +4,8 @@
 //! Needs the Debian packages nbdkit, qemu-utils, libnbd-bin, python3-libnbd and fio; those that mount or make network
 //! namespaces need root, iproute2, e2fsprogs and fuse3 as well. What is missing makes a test fail, with its package.
 
+#![allow(clippy::single_range_in_vec_init, reason = "an image is described by its ranges of data, often one")]
+
 #[path = "../support/mod.rs"]
 mod support;
 

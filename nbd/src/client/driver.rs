@@ -13,11 +13,14 @@ use std::task::{Context, Poll};
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
 use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 
 use super::ClientError;
-use crate::limits::{CLIENT_OUTPUT_HIGH_WATER, CLIENT_QUEUE, CLIENT_REQUESTS_IN_FLIGHT, KEPT_BUFFER, RECEIVE_SPACE};
+use crate::limits::{
+    CLIENT_CLOSE_TIME, CLIENT_OUTPUT_HIGH_WATER, CLIENT_QUEUE, CLIENT_REQUESTS_IN_FLIGHT, KEPT_BUFFER, RECEIVE_SPACE,
+};
 use crate::output::Output;
 use crate::proto::client::{Completion, Operation, ProtocolError, Refusal, Reply, Session};
 
@@ -36,6 +39,8 @@ pub(super) enum Message {
 #[derive(Default)]
 pub(super) struct Fate {
     pub(super) closed: CancellationToken,
+    /// It is to end, whatever the server does.
+    pub(super) leaving: CancellationToken,
     reason: OnceLock<Arc<str>>,
 }
 
@@ -65,6 +70,8 @@ impl Drop for EndOnDrop {
 enum Stop {
     #[error("it was closed here")]
     Closed,
+    #[error("it was closed here, and the server did not answer any more")]
+    GivenUp,
     #[error("the server closed it")]
     ByServer,
     #[error("{0}")]
@@ -116,12 +123,24 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
 
     /// Works until the connection ends; then every request without an answer fails.
     pub(super) async fn run(mut self) {
-        let stop = poll_fn(|cx| self.poll(cx)).await;
+        let leaving = self.fate.0.leaving.clone();
+        // A server that hangs must not keep the connection, its descriptor and its requests for ever.
+        let give_up = async {
+            leaving.cancelled().await;
+            sleep(CLIENT_CLOSE_TIME).await;
+        };
+        let stop = tokio::select! {
+            stop = poll_fn(|cx| self.poll(cx)) => stop,
+            () = give_up => Stop::GivenUp,
+        };
         if matches!(stop, Stop::Closed) {
             self.output.extend(&Session::<()>::disconnect());
             // The server may be gone: it is left in any case.
-            let _ = poll_fn(|cx| self.output.poll_send(&mut self.stream, cx)).await;
-            let _ = self.stream.shutdown().await;
+            let leave = async {
+                let _ = poll_fn(|cx| self.output.poll_send(&mut self.stream, cx)).await;
+                let _ = self.stream.shutdown().await;
+            };
+            let _ = timeout(CLIENT_CLOSE_TIME, leave).await;
         }
         self.fate.0.end(&stop.to_string());
         self.messages.close();
@@ -172,6 +191,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
                 Poll::Pending => break,
                 Poll::Ready(0) => {
                     self.closing = Closing::WhenSent;
+                    self.fate.0.leaving.cancel();
                 }
                 Poll::Ready(_) => {}
             }

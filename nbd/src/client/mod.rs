@@ -222,10 +222,15 @@ impl Client {
         found.map(|found| found.extents).ok_or_else(|| ClientError::NoContext(context.to_owned()))
     }
 
-    /// Ends the connection when all requests have been answered. Later requests fail.
+    /// Ends the connection when all requests have been answered, or after
+    /// [`CLIENT_CLOSE_TIME`](crate::limits::CLIENT_CLOSE_TIME): then what is left fails. Later requests fail.
     pub async fn close(&self) {
-        // If the task is gone, so is the connection.
-        let _ = self.messages.send(Message::Close).await;
+        self.fate.leaving.cancel();
+        tokio::select! {
+            // If the task is gone, so is the connection.
+            _ = self.messages.send(Message::Close) => {}
+            () = self.fate.closed.cancelled() => {}
+        }
         self.fate.closed.cancelled().await;
     }
 

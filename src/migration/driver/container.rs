@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec, Runtime, quiesce};
 use crate::device::{DeviceSlot, Via, mount, mounts_of};
@@ -19,7 +19,7 @@ use crate::units::Epoch;
 const RESTORE_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a mount or an unmount may take; a lazily filled disk answers late.
-const MOUNT_LIMIT: Duration = Duration::from_secs(60);
+const MOUNT_LIMIT: Duration = Duration::from_secs(30);
 
 /// The runtimes that this host's operator allows, by name.
 #[derive(Clone, Debug, Default)]
@@ -54,12 +54,26 @@ fn id(text: &str) -> Outcome<ContainerId> {
     ContainerId::new(text).map_err(Failure::usage)
 }
 
+/// A container that may move, as it was found.
+pub struct Found {
+    /// What runs it.
+    pub runtime: Arc<dyn Runtime>,
+    /// Its id.
+    pub id: ContainerId,
+    /// Its control group: says whether it stands still without anybody being asked.
+    pub cgroup: Cgroup,
+    /// What is recorded of it.
+    pub record: SourceContainer,
+}
+
 /// The source's container: frozen until release or rollback.
 pub struct SourceHold {
     owner: String,
     runtimes: Runtimes,
     device: Arc<DeviceSlot>,
     container: Mutex<Option<SourceContainer>>,
+    /// Its control group, unless the node was restarted since: the shortest way to a thaw.
+    cgroup: Mutex<Option<Cgroup>>,
     images: PathBuf,
 }
 
@@ -72,7 +86,8 @@ impl SourceHold {
         container: Option<SourceContainer>,
         images: PathBuf,
     ) -> Self {
-        Self { owner: source_owner(disk), runtimes, device, container: Mutex::new(container), images }
+        let container = Mutex::new(container);
+        Self { owner: source_owner(disk), runtimes, device, container, cgroup: Mutex::default(), images }
     }
 
     /// Where the checkpoint's images are; kept until release.
@@ -86,17 +101,12 @@ impl SourceHold {
     }
 
     /// Looks at a container that is to move: it must run, with the disk's device mounted under it.
-    pub async fn inspect(
-        &self,
-        container: &str,
-        runtime: &str,
-        tcp_established: bool,
-    ) -> Outcome<(Arc<dyn Runtime>, ContainerId, SourceContainer)> {
+    pub async fn inspect(&self, container: &str, runtime: &str, tcp_established: bool) -> Outcome<Found> {
         let (name, id, runtime) = (runtime, id(container)?, self.runtimes.find(runtime)?);
         let found = runtime.inspect(&id).await.map_err(|error| failed(&error))?;
-        if found.pid.is_none() {
+        let Some(cgroup) = found.cgroup else {
             return Err(Failure::refused(format!("container {id} is {}; only a running one can move", found.status)));
-        }
+        };
         let Some(device) = self.device.device() else {
             return Err(Failure::refused(format!(
                 "the disk of container {id} is not attached by this node; use `lazy-migrate attach`, and run it from there"
@@ -117,12 +127,13 @@ impl SourceHold {
             netns: found.netns.clone(),
             tcp_established,
         };
-        Ok((runtime, id, record))
+        Ok(Found { runtime, id, cgroup, record })
     }
 
     /// From now on a thaw or a release is about this container.
-    pub fn hold(&self, container: SourceContainer) {
-        *self.lock() = Some(container);
+    pub fn hold(&self, found: &Found) {
+        *lock(&self.container) = Some(found.record.clone());
+        *lock(&self.cgroup) = Some(found.cgroup.clone());
     }
 
     /// Packets dropped, then all tasks stopped.
@@ -133,20 +144,27 @@ impl SourceHold {
         runtime.freeze(id).await.map_err(|error| failed(&error))
     }
 
-    /// Everything goes on as if nothing had been: the file system, the tasks, the network, in this order.
+    /// Everything goes on as if nothing had been. The tasks first: clients wait for them. What arrives before they run
+    /// waits in their sockets.
     pub async fn thaw(&self) -> Outcome<()> {
         let Some(container) = self.held() else { return Ok(()) };
         let runtime = self.runtimes.find(&container.runtime)?;
         let id = id(&container.id)?;
         let thawed = quiesce::thaw(&container.mount).await.map_err(|error| failed(&error));
-        let resumed = runtime.thaw(&id).await.map_err(|error| failed(&error));
-        let opened = match self.net_drop(&container) {
-            Some(drop) => drop.remove().await.map_err(|error| failed(&error)),
-            None => Ok(()),
+        let cgroup = lock(&self.cgroup).take();
+        if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.set_frozen(false)) {
+            tracing::debug!(error = chain(&error), "the runtime has to thaw the container");
+        }
+        let open = async {
+            match self.net_drop(&container) {
+                Some(drop) => drop.remove().await,
+                None => Ok(()),
+            }
         };
+        let (opened, resumed) = tokio::join!(open, runtime.thaw(&id));
         // Each was tried, whatever became of the others.
-        thawed.and(resumed).and(opened)?;
-        *self.lock() = None;
+        thawed.and(resumed.map_err(|error| failed(&error))).and(opened.map_err(|error| failed(&error)))?;
+        *lock(&self.container) = None;
         self.remove_images().await
     }
 
@@ -160,7 +178,7 @@ impl SourceHold {
             unmount(&self.device).await?;
             // There is nothing to write: the disk is immutable since the handover.
             self.device.abandon().await?;
-            *self.lock() = None;
+            *lock(&self.container) = None;
         }
         self.remove_images().await
     }
@@ -183,11 +201,7 @@ impl SourceHold {
     }
 
     fn held(&self) -> Option<SourceContainer> {
-        self.lock().clone()
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<SourceContainer>> {
-        self.container.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.container).clone()
     }
 }
 
@@ -264,12 +278,18 @@ impl DestinationHold {
         let id = id(&container.id)?;
         let bundle = self.bundle(container)?;
         let mount_point = self.mount_point()?;
+        let begun = Instant::now();
+        let told = |what| tracing::info!(disk = self.disk, elapsed_ms = begun.elapsed().as_millis(), "{what}");
         let device = self.device.attach(Via::Auto, None).await?;
+        told("attached");
         let mounted = mounts_of(&device).map_err(|error| failed(&error))?;
         if !mounted.contains(&mount_point) {
-            mount::mount(&device, &mount_point, None, &[], MOUNT_LIMIT).await.map_err(|error| failed(&error))?;
+            let fstype = known_type(device.clone()).await?;
+            mount::mount(&device, &mount_point, fstype, &[], MOUNT_LIMIT).await.map_err(|error| failed(&error))?;
         }
-        bundle.check_rootfs_present(&mount_point).map_err(|error| failed(&error))?;
+        told("mounted");
+        check_rootfs(bundle.clone(), mount_point).await?;
+        told("the root is there");
         let spec = RestoreSpec {
             bundle,
             image_dir: self.places.images(),
@@ -280,12 +300,13 @@ impl DestinationHold {
             limit: RESTORE_LIMIT,
         };
         runtime.restore(&id, spec).await.map_err(|error| failed(&error))?;
+        told("restored");
         if let Some(drop) = self.net_drop()? {
             // A container that comes back finds the rule of its own departure.
             let departed = NetDrop::new(drop.netns(), &source_owner(&self.disk));
-            departed.remove().await.map_err(|error| failed(&error))?;
-            drop.remove().await.map_err(|error| failed(&error))?;
+            drop.remove_with(Some(&departed)).await.map_err(|error| failed(&error))?;
         }
+        told("network open");
         remove_tree(&self.places.images()).await
     }
 
@@ -298,12 +319,12 @@ impl DestinationHold {
 
     /// Stops the tasks by the cgroup alone: tasks that wait for the stalled disk stop when it answers.
     pub async fn freeze(&self) {
-        self.set_frozen(true).await;
+        self.set_frozen(true);
     }
 
     /// Lets the tasks go on.
     pub async fn thaw(&self) {
-        self.set_frozen(false).await;
+        self.set_frozen(false);
     }
 
     /// Container, mount, device and network rule go; what was written stays in the store.
@@ -328,14 +349,18 @@ impl DestinationHold {
         outcome.and(remove_tree(&self.places.images()).await)
     }
 
-    async fn set_frozen(&self, frozen: bool) {
+    /// Nobody is asked: a restore makes the container in this group or not at all, and a lease does not wait.
+    fn set_frozen(&self, frozen: bool) {
         let Some(container) = &self.container else { return };
-        let (Ok(runtime), Ok(id)) = (self.runtimes.find(&container.runtime), id(&container.id)) else { return };
-        // Nothing to freeze while nothing was restored.
-        let Ok(found) = runtime.inspect(&id).await else { return };
-        let Some(cgroup) = found.cgroup else { return };
-        if let Err(error) = cgroup.set_frozen(frozen) {
-            tracing::error!(disk = self.disk, frozen, error = chain(&error), "cannot freeze or thaw the container");
+        let set = id(&container.id).and_then(|id| self.cgroup(&id)).and_then(|cgroup| {
+            // Nothing to freeze while nothing was restored.
+            if cgroup.is_populated().map_err(|error| failed(&error))? {
+                cgroup.set_frozen(frozen).map_err(|error| failed(&error))?;
+            }
+            Ok(())
+        });
+        if let Err(failure) = set {
+            tracing::error!(disk = self.disk, frozen, %failure, "cannot freeze or thaw the container");
         }
     }
 
@@ -366,6 +391,50 @@ impl DestinationHold {
     }
 }
 
+/// The file system's type, when its first block tells: mount(8) would look for signatures all over the disk, and each
+/// look is a block that has to come from the source while the container waits. The first block is there since the attach.
+async fn known_type(device: PathBuf) -> Outcome<Option<&'static str>> {
+    use std::os::unix::fs::FileExt;
+    let read = tokio::task::spawn_blocking(move || {
+        let mut block = [0; 4096];
+        std::fs::File::open(&device)?.read_exact_at(&mut block, 0).map(|()| type_of(&block))
+    });
+    match tokio::time::timeout(MOUNT_LIMIT, read).await {
+        Ok(Ok(found)) => found.map_err(|error| Failure::failed(format!("cannot read the disk's first block: {error}"))),
+        Ok(Err(error)) => Err(Failure::failed(format!("cannot read the disk's first block: {error}"))),
+        Err(_) => Err(Failure::failed("the disk does not answer; see whether its source can be reached")),
+    }
+}
+
+/// By the magic numbers of the two file systems that containers live on; another is left to mount(8).
+fn type_of(block: &[u8; 4096]) -> Option<&'static str> {
+    match (&block[..4], &block[0x438..0x43a]) {
+        (b"XFSB", _) => Some("xfs"),
+        // ext2, ext3 and ext4 share it, and their driver.
+        (_, [0x53, 0xef]) => Some("ext4"),
+        _ => None,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Looks for the root on the mounted disk. Not on one of the runtime's own threads: the lookup waits for blocks, which
+/// this very process has to serve and to fetch.
+async fn check_rootfs(bundle: Bundle, mount_point: PathBuf) -> Outcome<()> {
+    let look = tokio::task::spawn_blocking(move || bundle.check_rootfs_present(&mount_point));
+    match tokio::time::timeout(MOUNT_LIMIT, look).await {
+        Ok(Ok(found)) => found.map_err(|error| failed(&error)),
+        Ok(Err(error)) => Err(Failure::failed(format!("cannot look for the container's root: {error}"))),
+        Err(_) => Err(Failure::failed(format!(
+            "the container's root was not found within {} s: the disk does not answer; see whether its source can be \
+             reached",
+            MOUNT_LIMIT.as_secs()
+        ))),
+    }
+}
+
 /// Everything that is mounted from the device is unmounted, the innermost first.
 async fn unmount(device: &DeviceSlot) -> Outcome<()> {
     let Some(device) = device.device() else { return Ok(()) };
@@ -382,5 +451,20 @@ async fn remove_tree(path: &Path) -> Outcome<()> {
             Err(Failure::failed(format!("cannot remove {}: {error}", path.display())))
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_is_known_by_its_first_block() {
+        let mut block = [0; 4096];
+        assert_eq!(type_of(&block), None);
+        block[0x438..0x43a].copy_from_slice(&0xef53_u16.to_le_bytes());
+        assert_eq!(type_of(&block), Some("ext4"));
+        block[..4].copy_from_slice(b"XFSB");
+        assert_eq!(type_of(&block), Some("xfs"));
     }
 }

@@ -127,6 +127,7 @@ struct Driver {
     running: Option<BoxFuture<'static, DestinationEvent>>,
     beating: Option<BoxFuture<'static, BeatResult>>,
     resuming: Option<BoxFuture<'static, Outcome<()>>>,
+    telling: Option<BoxFuture<'static, DestinationEvent>>,
     waiting: Option<oneshot::Sender<Result<(), Denied>>>,
     resume_waiting: Vec<oneshot::Sender<Outcome<()>>>,
     next_beat: BootTime,
@@ -148,6 +149,7 @@ impl Driver {
             running: None,
             beating: None,
             resuming: None,
+            telling: None,
             waiting: None,
             resume_waiting: Vec::new(),
             next_beat: BootTime::default(),
@@ -201,12 +203,17 @@ impl Driver {
                         // Not before: no disk content competes with the pause.
                         self.world.export.set_background(true);
                     }
+                    self.machine.handle(clock::now(), DestinationEvent::Resumed);
                     if let Err(failure) = &outcome {
                         self.last_error = Some(failure.message.clone());
                     }
                     for reply in self.resume_waiting.drain(..) {
                         let _ = reply.send(outcome.clone());
                     }
+                }
+                event = pending(&mut self.telling) => {
+                    self.telling = None;
+                    self.machine.handle(clock::now(), event);
                 }
                 Ok(_) = pull.wait_for(|state| *state == PullState::Complete), if !told_durable => {
                     told_durable = true;
@@ -294,7 +301,12 @@ impl Driver {
             if effect == DestinationEffect::StartPull && !self.may_pull() {
                 continue;
             }
-            self.running = Some(perform(self.world.clone(), effect, self.progress(), self.subject()));
+            let performed = perform(self.world.clone(), effect.clone(), self.progress(), self.subject());
+            if effect == DestinationEffect::TellComplete {
+                self.telling = Some(performed);
+            } else {
+                self.running = Some(performed);
+            }
         }
     }
 

@@ -7,25 +7,27 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::container::SourceHold;
+use super::container::{Found, SourceHold};
 use super::source::{SourceHandle, SourceView};
 use crate::container::images::Followed;
-use crate::container::{CheckpointOptions, ContainerId, Runtime, quiesce};
+use crate::container::{CheckpointOptions, quiesce};
 use crate::control::api::{MigrateAsk, MigrateEvent, MigrateReport};
 use crate::error::{Failure, Kind, Outcome, chain};
 use crate::migration::machine::SourceEvent;
 use crate::migration::phase::SourcePhase;
-use crate::migration::record::SourceContainer;
 use crate::peer::client::CallError;
 use crate::peer::{Request, images};
 
 /// How long the file system may take to become quiet.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(30);
-/// How long one asking for the container's resumption waits.
-const RESUME_TIME: Duration = Duration::from_secs(150);
+/// How long the destination may take to accept the checkpoint's connection.
+const DIAL_TIME: Duration = Duration::from_secs(10);
+/// How long one asking for the container's resumption waits: longer than the destination tries. A lost link shows sooner.
+const RESUME_TIME: Duration = Duration::from_secs(240);
 /// How long the destination is asked again when it does not answer.
 const RESUME_PATIENCE: Duration = Duration::from_secs(20);
 /// How often progress is told.
@@ -47,7 +49,7 @@ pub struct MigrateWorld {
 pub async fn migrate(
     world: MigrateWorld,
     ask: MigrateAsk,
-    found: (Arc<dyn Runtime>, ContainerId, SourceContainer),
+    found: Found,
     tell: mpsc::Sender<MigrateEvent>,
     stop: CancellationToken,
 ) {
@@ -55,7 +57,7 @@ pub async fn migrate(
     let run = Run { world, tell: tell.clone(), begun };
     let outcome = tokio::select! {
         () = stop.cancelled() => Err(Failure::unreachable("the node is shutting down; the migration goes on when it is back")),
-        outcome = run.all(&ask, found) => outcome,
+        outcome = run.all(&ask, &found) => outcome,
     };
     let last = match outcome {
         Ok(report) => MigrateEvent::Complete(report),
@@ -75,19 +77,15 @@ struct Run {
 }
 
 impl Run {
-    async fn all(
-        &self,
-        ask: &MigrateAsk,
-        (runtime, id, container): (Arc<dyn Runtime>, ContainerId, SourceContainer),
-    ) -> Outcome<MigrateReport> {
+    async fn all(&self, ask: &MigrateAsk, found: &Found) -> Outcome<MigrateReport> {
         let before = async {
             let probe = self.world.hold.images().with_extension("probe");
             let (prepared, probed) =
-                tokio::join!(self.world.source.command(SourceEvent::Prepare), runtime.probe(probe));
+                tokio::join!(self.world.source.command(SourceEvent::Prepare), found.runtime.probe(probe));
             prepared.map_err(|failure| failure.context(format!("{} is not prepared", ask.to)))?;
             probed.map_err(|error| Failure::failed(chain(&error)))?;
             self.tell(MigrateEvent::Prepared { at_ms: self.at_ms() });
-            self.freeze_and_send(&*runtime, &id, &container).await
+            self.freeze_and_send(found).await
         };
         let frozen_at = match before.await {
             Ok(frozen_at) => frozen_at,
@@ -106,35 +104,40 @@ impl Run {
     }
 
     /// The pause begins here; the image directory travels while criu fills it.
-    async fn freeze_and_send(
-        &self,
-        runtime: &dyn Runtime,
-        id: &ContainerId,
-        container: &SourceContainer,
-    ) -> Outcome<Instant> {
+    async fn freeze_and_send(&self, found: &Found) -> Outcome<Instant> {
+        let Found { runtime, id, cgroup, record } = found;
         let hold = &self.world.hold;
-        hold.hold(container.clone());
-        self.world.source.command(SourceEvent::Freezing(container.clone())).await?;
+        // Before the pause: it costs round trips.
+        let stream = self.dial().await?;
+        hold.hold(found);
+        self.world.source.command(SourceEvent::Freezing(record.clone())).await?;
         let frozen_at = Instant::now();
-        hold.freeze(runtime, id).await?;
+        hold.freeze(&**runtime, id).await?;
         self.tell(MigrateEvent::Frozen { at_ms: self.at_ms() });
-        let sent = self.checkpoint(runtime, id, container.tcp_established).await?;
+        let sent = self.checkpoint(found, stream).await?;
         self.tell(MigrateEvent::Checkpointed { at_ms: self.at_ms(), image_bytes: sent.bytes });
         // After criu, which may write to it; this flushes everything to the export.
-        quiesce::freeze(&container.mount, QUIESCE_LIMIT).await.map_err(|error| Failure::failed(chain(&error)))?;
-        if !runtime.is_frozen(id).await.map_err(|error| Failure::failed(chain(&error)))? {
+        quiesce::freeze(&record.mount, QUIESCE_LIMIT).await.map_err(|error| Failure::failed(chain(&error)))?;
+        if !cgroup.is_frozen().map_err(|error| Failure::failed(chain(&error)))? {
             return Err(Failure::failed(format!("container {id} does not stand still any more; somebody resumed it")));
         }
+        tracing::info!(disk = self.world.disk, elapsed_ms = frozen_at.elapsed().as_millis(), "the disk is quiet");
         Ok(frozen_at)
     }
 
-    async fn checkpoint(&self, runtime: &dyn Runtime, id: &ContainerId, tcp_established: bool) -> Outcome<Followed> {
+    async fn dial(&self) -> Outcome<TcpStream> {
+        let subject = self.world.source.view().subject(&self.world.disk);
+        let lost = |why: String| Failure::unreachable(format!("cannot open the checkpoint's stream: {why}"));
+        match tokio::time::timeout(DIAL_TIME, images::dial(self.world.source.peer().address(), &subject)).await {
+            Ok(dialed) => dialed.map_err(|error| lost(error.to_string())),
+            Err(_) => Err(lost(format!("no answer within {} s", DIAL_TIME.as_secs()))),
+        }
+    }
+
+    async fn checkpoint(&self, Found { runtime, id, record, .. }: &Found, stream: TcpStream) -> Outcome<Followed> {
         let images = self.world.hold.images();
         let work = self.world.hold.work();
-        let subject = self.world.source.view().subject(&self.world.disk);
-        let stream = images::dial(self.world.source.peer().address(), &subject)
-            .await
-            .map_err(|error| Failure::unreachable(format!("cannot open the checkpoint's stream: {error}")))?;
+        let tcp_established = record.tcp_established;
         let (dumped, spoilt) = (CancellationToken::new(), CancellationToken::new());
         let dump = async {
             let options = CheckpointOptions { tcp_established };

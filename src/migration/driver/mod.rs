@@ -8,7 +8,7 @@ mod destination;
 mod migrate;
 mod source;
 
-pub use container::{DestinationHold, Places, Runtimes, SourceHold};
+pub use container::{DestinationHold, Found, Places, Runtimes, SourceHold};
 pub use destination::{DestinationHandle, DestinationView, DestinationWorld};
 pub use migrate::{MigrateWorld, migrate};
 pub(crate) use source::new_record;
@@ -26,6 +26,9 @@ pub type SharedJournal = Arc<Mutex<Journal>>;
 
 /// How many commands may wait for a driver.
 const COMMANDS: usize = 64;
+
+/// What is suggested to a caller who comes while another command is being done.
+const BUSY_RETRY_MS: u64 = 500;
 
 /// Appends a record off the runtime's threads: it syncs.
 async fn append(journal: &SharedJournal, record: Record) -> Result<(), Failure> {
@@ -46,6 +49,11 @@ pub(crate) fn denied(denied: Denied) -> Failure {
         Denied::NotSafeYet { unsafe_for } => {
             let mut failure = Failure::refused(&denied);
             failure.retry_after_ms = Some(unsafe_for.as_millis().try_into().unwrap_or(u64::MAX));
+            failure
+        }
+        Denied::Busy => {
+            let mut failure = Failure::refused(&denied);
+            failure.retry_after_ms = Some(BUSY_RETRY_MS);
             failure
         }
         Denied::Failed(failure) => failure,

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::container::SourceHold;
 use super::{COMMANDS, SharedJournal, append, denied, driver_gone};
 use crate::clock;
-use crate::error::{Failure, Outcome};
+use crate::error::{Failure, Kind, Outcome};
 use crate::export::{GateMode, LazyExport};
 use crate::migration::lease::Beat;
 use crate::migration::machine::{BeatAnswer, Denied, PeerWord, SourceEffect, SourceEvent, SourceMachine};
@@ -54,6 +54,8 @@ pub struct SourceView {
     pub ready: bool,
     /// Whether the destination has confirmed the handover.
     pub told: bool,
+    /// Whether everything is done that follows from the record: until then the driver must not be given up.
+    pub settled: bool,
     /// What the destination has last said of itself.
     pub progress: Progress,
     /// When the destination was last heard.
@@ -101,6 +103,7 @@ impl SourceHandle {
             record: machine.record().clone(),
             ready: false,
             told: false,
+            settled: false,
             progress: Progress::default(),
             heard_at: None,
             safe_at: None,
@@ -179,22 +182,24 @@ async fn drive(
     let mut heard_at = None;
     let mut last_error = None;
     loop {
+        let mut answered = None;
         while running.is_none() {
             match machine.poll_effect() {
                 Some(SourceEffect::Answer(result)) => {
                     if let Err(denied) = &result {
                         last_error = Some(denied.to_string());
                     }
-                    publish_view(&publish, &machine, progress, heard_at, &last_error);
-                    if let Some(reply) = waiting.take() {
-                        let _ = reply.send(result);
-                    }
+                    answered = waiting.take().map(|reply| (reply, result));
                 }
                 Some(effect) => running = Some(perform(world.clone(), machine.record().clone(), effect)),
                 None => break,
             }
         }
-        publish_view(&publish, &machine, progress, heard_at, &last_error);
+        publish_view(&publish, &machine, running.is_none(), progress, heard_at, &last_error);
+        // After the view: who was answered sees what came of it.
+        if let Some((reply, result)) = answered {
+            let _ = reply.send(result);
+        }
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
@@ -228,6 +233,7 @@ async fn drive(
 fn publish_view(
     publish: &watch::Sender<SourceView>,
     machine: &SourceMachine,
+    settled: bool,
     progress: Progress,
     heard_at: Option<BootTime>,
     last_error: &Option<String>,
@@ -237,6 +243,7 @@ fn publish_view(
             record: machine.record().clone(),
             ready: machine.is_ready(),
             told: machine.is_told(),
+            settled,
             progress,
             heard_at,
             safe_at: machine.lease().map(|lease| lease.safe_at()),
@@ -298,6 +305,10 @@ fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) 
 async fn word(world: &SourceWorld, request: &Request, within: Duration) -> PeerWord {
     match world.peer.call(request, within).await {
         Ok(_) => PeerWord::Yes,
+        // It may yet be done, by the command that is being done or by the node when it is back.
+        Err(CallError::Refused(failure)) if failure.retry_after_ms.is_some() || failure.kind == Kind::Unreachable => {
+            PeerWord::Silence(failure)
+        }
         Err(CallError::Refused(failure)) => PeerWord::No(failure),
         Err(CallError::Silent(failure)) => PeerWord::Silence(failure),
     }
@@ -326,4 +337,55 @@ pub(crate) fn new_record(
     timings: crate::migration::lease::Timings,
 ) -> SourceRecord {
     SourceRecord { migration, epoch, phase: SourcePhase::Serving, peer: peer.into(), timings, container: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::sync::Mutex;
+
+    use tokio::net::TcpListener;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::device::DeviceSlot;
+    use crate::migration::driver::Runtimes;
+    use crate::migration::journal::Journal;
+    use crate::migration::lease::Timings;
+    use crate::store::MemoryStore;
+
+    #[tokio::test]
+    async fn a_migration_is_not_settled_before_all_of_it_is_taken_back() {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = listener.local_addr().unwrap().to_string();
+        let export = LazyExport::local_on("disk", Arc::new(MemoryStore::new(4096)), false).unwrap();
+        export.gate().set(GateMode::ReadOnly).await;
+        let (journal, _) = Journal::open(&directory.path().join("journal"), "disk").unwrap();
+        let stop = CancellationToken::new();
+        let device = DeviceSlot::new("disk", directory.path(), Arc::new(export.clone()), stop.clone());
+        let images = directory.path().join("checkpoint");
+        let hold = SourceHold::new("disk", Runtimes::new(BTreeMap::new()), device, None, images);
+        let world = SourceWorld {
+            disk: "disk".into(),
+            export: export.clone(),
+            journal: Arc::new(Mutex::new(journal)),
+            peer: Arc::new(PeerClient::new(&peer)),
+            ask: None,
+            hold: Arc::new(hold),
+        };
+        let record = new_record(MigrationId("m".into()), Epoch::default().next(), &peer, Timings::default());
+        let record = SourceRecord { phase: SourcePhase::Frozen, ..record };
+        let handle = SourceHandle::spawn(world, SourceMachine::recover(record, clock::now()), stop.clone());
+        // The destination is being told.
+        let connection = timeout(Duration::from_secs(10), listener.accept()).await.unwrap().unwrap();
+        let view = handle.view();
+        assert_eq!((view.record.phase, view.settled), (SourcePhase::Serving, false));
+        drop((connection, listener));
+        let mut watch = handle.watch();
+        let settled = timeout(Duration::from_secs(10), watch.wait_for(|view| view.settled)).await;
+        assert!(settled.is_ok_and(|view| view.is_ok()), "it settles");
+        assert_eq!(export.gate().mode(), GateMode::Open);
+        stop.cancel();
+    }
 }

@@ -9,7 +9,7 @@
 
 use std::collections::VecDeque;
 
-use super::{BeatAnswer, Denied};
+use super::{BeatAnswer, Command, Denied};
 use crate::error::Failure;
 use crate::migration::lease::{Beat, HeldLease};
 use crate::migration::phase::{DestinationPhase, DestinationStep};
@@ -35,7 +35,8 @@ pub enum DestinationEffect {
     ThawContainer,
     /// The container is killed, its device torn down.
     TearDown,
-    /// Tell the source that every block is durable here; report with [`DestinationEvent::SourceKnows`].
+    /// Tell the source that every block is durable here; report with [`DestinationEvent::SourceKnows`]. The only one
+    /// that is done beside the others: the source may not answer, and a fence must not wait for that.
     TellComplete,
     /// The command that is being done has ended.
     Answer(Result<(), Denied>),
@@ -68,6 +69,8 @@ pub enum DestinationEvent {
     SourceKnows(Result<(), Failure>),
     /// The source cancelled or rolled back, at this epoch.
     Discard(Epoch),
+    /// The container was restored, which takes its time: the lease may have ended meanwhile.
+    Resumed,
     /// The record is durable, or could not be made so.
     Journaled(Result<(), Failure>),
     /// Any other effect has ended.
@@ -80,7 +83,12 @@ pub struct DestinationMachine {
     lease: HeldLease,
     all_durable: bool,
     telling: bool,
-    command: bool,
+    command: Command,
+    /// Where a completion that cannot be recorded goes back to.
+    before_complete: DestinationPhase,
+    /// Whether the journal says that this host was given the disk.
+    durably_owned: bool,
+    writing_owned: bool,
     effects: VecDeque<DestinationEffect>,
 }
 
@@ -89,7 +97,17 @@ impl DestinationMachine {
     pub fn new(record: DestinationRecord) -> Self {
         let lease = HeldLease::new(record.timings);
         let effects = VecDeque::from([DestinationEffect::Journal(record.clone())]);
-        Self { record, lease, all_durable: false, telling: false, command: false, effects }
+        Self {
+            before_complete: record.phase,
+            durably_owned: record.owned,
+            writing_owned: false,
+            record,
+            lease,
+            all_durable: false,
+            telling: false,
+            command: Command::None,
+            effects,
+        }
     }
 
     /// After a restart. What was not handed over is given up; what was waits, fenced, for a renewed lease.
@@ -103,7 +121,7 @@ impl DestinationMachine {
             }
             DestinationPhase::Active | DestinationPhase::Fenced => {
                 machine.record.phase = DestinationPhase::Fenced;
-                machine.effects.extend([DestinationEffect::Hold, DestinationEffect::FreezeContainer]);
+                machine.effects.extend([DestinationEffect::FreezeContainer, DestinationEffect::Hold]);
             }
             DestinationPhase::Complete => machine.effects.push_back(DestinationEffect::Open),
             DestinationPhase::Discarded => {
@@ -120,7 +138,7 @@ impl DestinationMachine {
 
     /// Whether a command is being done.
     pub fn is_busy(&self) -> bool {
-        self.command
+        self.command != Command::None
     }
 
     /// Whether beats are to be sent.
@@ -154,7 +172,13 @@ impl DestinationMachine {
 
     /// The next thing to do.
     pub fn poll_effect(&mut self) -> Option<DestinationEffect> {
-        self.effects.pop_front()
+        let effect = self.effects.pop_front();
+        match &effect {
+            Some(DestinationEffect::Answer(_)) => self.command = Command::None,
+            Some(DestinationEffect::Journal(record)) => self.writing_owned = record.owned,
+            _ => {}
+        }
+        effect
     }
 
     /// Something happened. `ExportReady`, `Activate` and `Discard` are commands: they end with
@@ -203,25 +227,35 @@ impl DestinationMachine {
                     self.complete();
                 }
             }
-            DestinationEvent::Journaled(Ok(())) | DestinationEvent::Done => {}
-            DestinationEvent::Journaled(Err(failure)) => {
-                // What the record stands for must not happen; a destination that cannot record gives up what it was
-                // about to take, and keeps still with what it has.
-                self.effects.clear();
-                let failure = failure.context("cannot write the journal");
-                match self.record.phase {
-                    DestinationPhase::Active => {
-                        self.record.phase = DestinationPhase::Discarded;
-                        self.effects.push_back(DestinationEffect::Close);
-                    }
-                    DestinationPhase::Discarded => {
-                        self.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
-                    }
-                    _ => {}
+            DestinationEvent::Resumed => {
+                if matches!(self.record.phase, DestinationPhase::Fenced | DestinationPhase::Discarded) {
+                    self.effects.push_back(DestinationEffect::FreezeContainer);
                 }
-                self.answer(Err(Denied::Failed(failure)));
             }
+            DestinationEvent::Done => {}
+            DestinationEvent::Journaled(Ok(())) => self.durably_owned |= self.writing_owned,
+            DestinationEvent::Journaled(Err(failure)) => self.journal_failed(failure),
         }
+    }
+
+    /// What the record stands for must not happen; a destination that cannot record gives up what it was about to take,
+    /// and keeps still with what it has.
+    fn journal_failed(&mut self, failure: Failure) {
+        self.effects.clear();
+        self.command.reopen();
+        match self.record.phase {
+            DestinationPhase::Active | DestinationPhase::Fenced if !self.durably_owned => {
+                self.record.phase = DestinationPhase::Discarded;
+                self.effects.push_back(DestinationEffect::Close);
+            }
+            // The source has recorded its release and says so again with every beat: this is tried again.
+            DestinationPhase::Complete => self.record.phase = self.before_complete,
+            DestinationPhase::Discarded => {
+                self.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
+            }
+            _ => {}
+        }
+        self.answer(Err(Denied::Failed(failure.context("cannot write the journal"))));
     }
 
     fn beat_answered(&mut self, now: BootTime, beat: Beat, answer: BeatAnswer) {
@@ -246,7 +280,11 @@ impl DestinationMachine {
                 }
             }
             // It knows already: the answer to the last word was lost.
-            BeatAnswer::Released => self.complete(),
+            BeatAnswer::Released => {
+                // It never comes back for the disk, so running on is safe even if that cannot be recorded yet.
+                self.lease.renew(now, beat);
+                self.complete();
+            }
         }
     }
 
@@ -255,7 +293,8 @@ impl DestinationMachine {
             && !self.lease.holds(now)
             && self.step(DestinationStep::Fence).is_ok()
         {
-            self.effects.extend([DestinationEffect::Hold, DestinationEffect::FreezeContainer]);
+            // The gate's deadline has passed by itself; the container has only this.
+            self.effects.extend([DestinationEffect::FreezeContainer, DestinationEffect::Hold]);
         }
     }
 
@@ -267,11 +306,13 @@ impl DestinationMachine {
     }
 
     fn complete(&mut self) {
-        let fenced = self.record.phase == DestinationPhase::Fenced;
+        let before = self.record.phase;
+        let fenced = before == DestinationPhase::Fenced;
         if fenced && self.step(DestinationStep::Unfence).is_err() {
             return;
         }
         if self.step(DestinationStep::Complete).is_ok() {
+            self.before_complete = before;
             self.journal();
             if fenced {
                 self.effects.extend([DestinationEffect::Open, DestinationEffect::ThawContainer]);
@@ -280,8 +321,8 @@ impl DestinationMachine {
     }
 
     fn discard(&mut self) {
-        self.effects.push_back(DestinationEffect::Hold);
         self.effects.push_back(DestinationEffect::FreezeContainer);
+        self.effects.push_back(DestinationEffect::Hold);
         if self.step(DestinationStep::Discard).is_ok() {
             self.journal();
             self.effects.push_back(DestinationEffect::Close);
@@ -297,8 +338,8 @@ impl DestinationMachine {
     }
 
     fn command(&mut self, body: impl FnOnce(&mut Self) -> Result<(), Denied>) {
-        debug_assert!(!self.command, "the driver gives one command at a time");
-        self.command = true;
+        debug_assert!(!self.is_busy(), "the driver gives one command at a time");
+        self.command = Command::Doing;
         match body(self) {
             Ok(()) => {}
             Err(denied) if denied.is_already() => self.answer(Ok(())),
@@ -307,7 +348,7 @@ impl DestinationMachine {
     }
 
     fn answer(&mut self, result: Result<(), Denied>) {
-        if std::mem::take(&mut self.command) {
+        if self.command.answer() {
             self.effects.push_back(DestinationEffect::Answer(result));
         }
     }

@@ -7,6 +7,8 @@
 
 mod destination;
 mod source;
+#[cfg(test)]
+mod tests;
 
 pub use destination::{DestinationEffect, DestinationEvent, DestinationMachine};
 pub use source::{PeerWord, SourceEffect, SourceEvent, SourceMachine};
@@ -55,6 +57,12 @@ pub enum Denied {
     /// The destination is not known to be alive.
     #[error("no fresh heartbeat links the two hosts; check the peer link and try again")]
     NoBeat,
+    /// The disk was asked back from the destination, which may have discarded it.
+    #[error("the disk was asked back, and may be discarded at the destination; repeat `lazy-migrate rollback`")]
+    AskedBack,
+    /// The journal could not be written, so that its end is not known.
+    #[error("an earlier record could not be written, so it is not known how far the migration is; restart the node")]
+    Unrecorded,
     /// Another command is being done.
     #[error("another command is being done on this disk; try again when it has ended")]
     Busy,
@@ -67,5 +75,32 @@ impl Denied {
     /// Whether the refusal only says that it is so already.
     fn is_already(&self) -> bool {
         matches!(self, Denied::Refused(Refused { refusal: Refusal::Already, .. }))
+    }
+}
+
+/// The command that a machine is doing. It lasts until its answer has been taken, after all effects that come first: a
+/// second command before that would get the first one's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Command {
+    None,
+    Doing,
+    Answered,
+}
+
+impl Command {
+    /// Whether an answer is owed; from now on it is not.
+    fn answer(&mut self) -> bool {
+        let owed = *self == Command::Doing;
+        if owed {
+            *self = Command::Answered;
+        }
+        owed
+    }
+
+    /// The effects were dropped, and the answer with them.
+    fn reopen(&mut self) {
+        if *self == Command::Answered {
+            *self = Command::Doing;
+        }
     }
 }

@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::{BeatAnswer, Denied};
+use super::{BeatAnswer, Command, Denied};
 use crate::error::Failure;
 use crate::migration::lease::{Beat, GrantedLease};
 use crate::migration::phase::{DestinationPhase, Refusal, SourcePhase, SourceStep};
@@ -96,7 +96,16 @@ pub struct SourceMachine {
     told: bool,
     insisting: bool,
     rolling_back: bool,
-    command: bool,
+    /// The destination may have been told to discard: it is not released any more, whatever it said before.
+    asked_back: bool,
+    /// A release or rollback could not be recorded: which of them the journal will say later, nobody knows.
+    unrecorded: bool,
+    /// Why the destination did not take the disk, while it is asked to forget it.
+    refused: Option<Failure>,
+    command: Command,
+    /// What the journal says; `record` runs ahead of it while a record is being written.
+    durable: SourceRecord,
+    writing: Option<SourceRecord>,
     last_beat: Option<Beat>,
     lease: Option<GrantedLease>,
     effects: VecDeque<SourceEffect>,
@@ -107,12 +116,17 @@ impl SourceMachine {
     pub fn new(record: SourceRecord) -> Self {
         debug_assert_eq!(record.phase, SourcePhase::Serving);
         Self {
+            durable: record.clone(),
             record,
+            writing: None,
             ready: false,
             told: false,
             insisting: false,
             rolling_back: false,
-            command: false,
+            asked_back: false,
+            unrecorded: false,
+            refused: None,
+            command: Command::None,
             last_beat: None,
             lease: None,
             effects: VecDeque::new(),
@@ -124,6 +138,7 @@ impl SourceMachine {
         let phase = record.phase;
         let mut machine = Self::new(SourceRecord { phase: SourcePhase::Serving, ..record });
         machine.record.phase = phase;
+        machine.durable.phase = phase;
         match phase {
             SourcePhase::Preparing | SourcePhase::Frozen => {
                 machine.effects.push_back(SourceEffect::TellCancel);
@@ -154,7 +169,7 @@ impl SourceMachine {
 
     /// Whether a command is being done.
     pub fn is_busy(&self) -> bool {
-        self.command
+        self.command != Command::None
     }
 
     /// The granted lease, once something was handed over.
@@ -169,28 +184,35 @@ impl SourceMachine {
 
     /// The next thing to do.
     pub fn poll_effect(&mut self) -> Option<SourceEffect> {
-        self.effects.pop_front()
+        let effect = self.effects.pop_front();
+        match &effect {
+            Some(SourceEffect::Answer(_)) => self.command = Command::None,
+            Some(SourceEffect::Journal(record)) => self.writing = Some(record.clone()),
+            _ => {}
+        }
+        effect
     }
 
     /// A beat from the destination: answered at once, whatever else is being done.
     pub fn beat(&mut self, now: BootTime, epoch: Epoch, beat: Beat, theirs: DestinationPhase) -> BeatAnswer {
-        if epoch != self.record.epoch {
+        // What is said here is believed, so it must be in the journal: until a release or a rollback is, it is not told.
+        let durable = self.durable.phase == SourcePhase::HandedOver;
+        let known = if durable { &self.durable } else { &self.record };
+        if epoch != known.epoch {
             // After a rollback the epoch is higher: whoever speaks of a lower one has lost the disk.
             return BeatAnswer::RolledBack;
         }
-        match self.record.phase {
+        match known.phase {
             SourcePhase::Released => BeatAnswer::Released,
             SourcePhase::Serving | SourcePhase::RolledBack => BeatAnswer::RolledBack,
             SourcePhase::Preparing | SourcePhase::Frozen => {
                 self.last_beat = self.last_beat.max(Some(beat));
                 BeatAnswer::Granted
             }
-            SourcePhase::HandedOver if theirs == DestinationPhase::Discarded => {
-                // It gave the disk back by itself: nothing runs there any more.
-                self.lease = None;
+            SourcePhase::HandedOver if self.wants_back() || theirs == DestinationPhase::Discarded => {
+                self.asked_back = true;
                 BeatAnswer::GiveBack
             }
-            SourcePhase::HandedOver if self.insisting || self.rolling_back => BeatAnswer::GiveBack,
             SourcePhase::HandedOver => {
                 if let Some(lease) = &mut self.lease {
                     lease.grant(now);
@@ -200,6 +222,12 @@ impl SourceMachine {
                 BeatAnswer::Granted
             }
         }
+    }
+
+    /// Whether the lease is not renewed any more; also while the rollback's record is being written.
+    fn wants_back(&self) -> bool {
+        let taken = matches!(self.record.phase, SourcePhase::RolledBack | SourcePhase::Serving);
+        self.insisting || self.rolling_back || taken
     }
 
     /// Something happened. Commands end with [`SourceEffect::Answer`].
@@ -229,6 +257,10 @@ impl SourceMachine {
                     machine.effects.push_back(SourceEffect::TellHandover(beat));
                     return Ok(());
                 }
+                if machine.record.phase == SourcePhase::HandedOver && !machine.told {
+                    // Restarted, and the destination has not been heard since.
+                    return Err(Denied::NoBeat);
+                }
                 machine.step(SourceStep::Freeze)?;
                 machine.journal();
                 machine.effects.push_back(SourceEffect::Seal);
@@ -243,16 +275,22 @@ impl SourceMachine {
             }),
             SourceEvent::RollBack { insist } => self.command(|machine| {
                 machine.record.phase.step(SourceStep::RollBack)?;
+                if machine.unrecorded {
+                    return Err(Denied::Unrecorded);
+                }
                 machine.insisting |= insist;
-                machine.rolling_back = true;
                 let safe = machine.unsafe_for(now).is_zero();
-                let within = if safe { TELL_WHEN_SAFE } else { TELL_WHEN_UNSAFE };
-                machine.effects.push_back(SourceEffect::TellDiscard(within));
+                machine.ask_back(if safe { TELL_WHEN_SAFE } else { TELL_WHEN_UNSAFE });
                 Ok(())
             }),
             SourceEvent::PeerComplete(epoch) => self.command(|machine| {
                 if epoch != machine.record.epoch {
                     return Err(Denied::Stale { theirs: epoch.0, ours: machine.record.epoch.0 });
+                }
+                machine.record.phase.step(SourceStep::Release)?;
+                if machine.asked_back {
+                    // Its word may be older than ours: releasing now could leave the disk without an owner.
+                    return Err(Denied::AskedBack);
                 }
                 machine.step(SourceStep::Release)?;
                 machine.journal();
@@ -260,7 +298,12 @@ impl SourceMachine {
                 machine.effects.push_back(SourceEffect::ReleaseContainer);
                 Ok(())
             }),
-            SourceEvent::Journaled(Ok(())) | SourceEvent::Done => {}
+            SourceEvent::Done => {}
+            SourceEvent::Journaled(Ok(())) => {
+                if let Some(record) = self.writing.take() {
+                    self.durable = record;
+                }
+            }
             SourceEvent::Journaled(Err(failure)) => self.journal_failed(failure),
             SourceEvent::PeerPrepared(word) => match word {
                 PeerWord::Yes => {
@@ -287,10 +330,11 @@ impl SourceMachine {
                     self.told = true;
                     self.answer(Ok(()));
                 }
-                // It certainly did not take the disk: nothing ran there, so the freeze point is still the present.
+                // This word was refused, but an earlier copy of it may still be on its way: the destination forgets the
+                // disk first. Nothing ran there, so the freeze point is still the present.
                 PeerWord::No(failure) => {
-                    self.take_back();
-                    self.answer(Err(Denied::Failed(failure)));
+                    self.refused = Some(failure);
+                    self.ask_back(TELL_WHEN_UNSAFE);
                 }
                 PeerWord::Silence(failure) => self.answer(Err(Denied::Failed(failure))),
             },
@@ -305,8 +349,9 @@ impl SourceMachine {
 
     fn discard_answered(&mut self, now: BootTime, word: PeerWord) {
         self.rolling_back = false;
+        let outcome = self.refused.take().map_or(Ok(()), |failure| Err(Denied::Failed(failure)));
         if self.record.phase != SourcePhase::HandedOver {
-            return self.answer(Ok(()));
+            return self.answer(outcome);
         }
         match word {
             PeerWord::Yes => {}
@@ -322,7 +367,13 @@ impl SourceMachine {
             }
         }
         self.take_back();
-        self.answer(Ok(()));
+        self.answer(outcome);
+    }
+
+    fn ask_back(&mut self, within: Duration) {
+        self.rolling_back = true;
+        self.asked_back = true;
+        self.effects.push_back(SourceEffect::TellDiscard(within));
     }
 
     fn take_back(&mut self) {
@@ -335,8 +386,6 @@ impl SourceMachine {
     }
 
     fn finish_rollback(&mut self) {
-        self.insisting = false;
-        self.lease = None;
         self.effects.push_back(SourceEffect::Unseal);
         self.effects.push_back(SourceEffect::Thaw);
         if self.step(SourceStep::Resume).is_ok() {
@@ -370,37 +419,35 @@ impl SourceMachine {
 
     fn journal_failed(&mut self, failure: Failure) {
         // The effects behind the record must not happen. Before the handover the way back needs no record; after it
-        // the disk stays as it is, and the operator is told.
+        // the disk stays as the journal has it, and the operator is told.
         self.effects.clear();
+        self.writing = None;
+        self.command.reopen();
         let failure = failure.context("cannot write the journal");
-        match self.record.phase {
-            SourcePhase::HandedOver => {
+        match (self.durable.phase, self.record.phase) {
+            (SourcePhase::HandedOver, phase) => {
+                // After a rollback that may be read from the journal later, the destination must not run again; after
+                // such a release it must not be asked back.
+                self.unrecorded = true;
+                self.insisting |= phase != SourcePhase::Released;
+                self.record = self.durable.clone();
+            }
+            // In use again, and only the end of the rollback or cancel is not recorded: recovery repeats it.
+            (SourcePhase::RolledBack | SourcePhase::Released, _) | (_, SourcePhase::Serving) => {}
+            _ => {
                 // The word was not given, since telling comes after the record.
-                if !self.told {
-                    self.record.phase = SourcePhase::Serving;
-                    self.lease = None;
-                    self.ready = false;
-                    self.effects.extend([SourceEffect::TellCancel, SourceEffect::Unseal, SourceEffect::Thaw]);
-                }
-            }
-            SourcePhase::RolledBack => {
-                self.record.phase = SourcePhase::HandedOver;
-                self.record.epoch = Epoch(self.record.epoch.0 - 1);
-            }
-            SourcePhase::Released => self.record.phase = SourcePhase::HandedOver,
-            SourcePhase::Preparing | SourcePhase::Frozen => {
                 self.record.phase = SourcePhase::Serving;
+                self.lease = None;
                 self.ready = false;
                 self.effects.extend([SourceEffect::TellCancel, SourceEffect::Unseal, SourceEffect::Thaw]);
             }
-            SourcePhase::Serving => {}
         }
         self.answer(Err(Denied::Failed(failure)));
     }
 
     fn command(&mut self, body: impl FnOnce(&mut Self) -> Result<(), Denied>) {
-        debug_assert!(!self.command, "the driver gives one command at a time");
-        self.command = true;
+        debug_assert!(!self.is_busy(), "the driver gives one command at a time");
+        self.command = Command::Doing;
         match body(self) {
             Ok(()) => {}
             Err(denied) if denied.is_already() => self.answer(Ok(())),
@@ -409,7 +456,7 @@ impl SourceMachine {
     }
 
     fn answer(&mut self, result: Result<(), Denied>) {
-        if std::mem::take(&mut self.command) {
+        if self.command.answer() {
             self.effects.push_back(SourceEffect::Answer(result));
         }
     }

@@ -1,0 +1,334 @@
+//! The source's machine alone: what comes before what, and every way in which it can fail.
+
+use std::time::Duration;
+
+use super::{failure, source_record};
+use crate::migration::lease::{Beat, Timings};
+use crate::migration::machine::{BeatAnswer, Denied, PeerWord, SourceEffect, SourceEvent, SourceMachine};
+use crate::migration::phase::{DestinationPhase, SourcePhase};
+use crate::units::{BootTime, Epoch};
+
+const EPOCH: Epoch = Epoch(1);
+
+/// A machine and what it did, one word an effect.
+struct Host {
+    machine: SourceMachine,
+    now: BootTime,
+}
+
+fn at(seconds: u64) -> BootTime {
+    BootTime::new(Duration::from_secs(seconds))
+}
+
+fn word(effect: &SourceEffect) -> String {
+    match effect {
+        SourceEffect::Journal(record) => format!("journal {} {}", record.phase, record.epoch.0),
+        SourceEffect::AskPrepare => "ask".into(),
+        SourceEffect::Seal => "seal".into(),
+        SourceEffect::TellHandover(beat) => format!("tell {}", beat.0),
+        SourceEffect::TellCancel => "tell cancel".into(),
+        SourceEffect::TellDiscard(_) => "tell discard".into(),
+        SourceEffect::Unseal => "unseal".into(),
+        SourceEffect::Thaw => "thaw".into(),
+        SourceEffect::ReleaseContainer => "release".into(),
+        SourceEffect::Answer(Ok(())) => "done".into(),
+        SourceEffect::Answer(Err(denied)) => match denied {
+            Denied::Refused(_) => "refused".into(),
+            Denied::NotSafeYet { unsafe_for } => format!("unsafe for {}", unsafe_for.as_secs()),
+            Denied::Stale { .. } => "stale".into(),
+            Denied::NoBeat => "no beat".into(),
+            Denied::AskedBack => "asked back".into(),
+            Denied::Unrecorded => "unrecorded".into(),
+            Denied::Busy => "busy".into(),
+            Denied::Failed(_) => "failed".into(),
+        },
+    }
+}
+
+impl Host {
+    fn new() -> Self {
+        Self { machine: SourceMachine::new(source_record("m", EPOCH, Timings::default())), now: at(100) }
+    }
+
+    fn recovered(phase: SourcePhase) -> Self {
+        let record = crate::migration::record::SourceRecord { phase, ..source_record("m", EPOCH, Timings::default()) };
+        Self { machine: SourceMachine::recover(record, at(100)), now: at(100) }
+    }
+
+    fn handed_over() -> Self {
+        let mut host = Self::new();
+        host.does(SourceEvent::Prepare);
+        host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
+        host.beats(3, DestinationPhase::Ready);
+        host.does(SourceEvent::HandOver);
+        host.does(SourceEvent::Sealed(Ok(())));
+        host
+    }
+
+    /// The same, and the destination has confirmed it.
+    fn told() -> Self {
+        let mut host = Self::handed_over();
+        host.does(SourceEvent::PeerTold(PeerWord::Yes));
+        host
+    }
+
+    /// Gives an event, does all effects that need no answer; every record succeeds.
+    fn does(&mut self, event: SourceEvent) -> Vec<String> {
+        self.machine.handle(self.now, event);
+        self.effects(true)
+    }
+
+    /// The same, but the first record cannot be written.
+    fn fails(&mut self, event: SourceEvent) -> Vec<String> {
+        self.machine.handle(self.now, event);
+        self.effects(false)
+    }
+
+    fn effects(&mut self, journal_works: bool) -> Vec<String> {
+        let mut done = Vec::new();
+        while let Some(effect) = self.machine.poll_effect() {
+            done.push(word(&effect));
+            if matches!(effect, SourceEffect::Journal(_)) {
+                let result = if journal_works { Ok(()) } else { Err(failure("no space")) };
+                self.machine.handle(self.now, SourceEvent::Journaled(result));
+            }
+        }
+        done
+    }
+
+    fn beats(&mut self, beat: u64, theirs: DestinationPhase) -> BeatAnswer {
+        self.machine.beat(self.now, EPOCH, Beat(beat), theirs)
+    }
+
+    fn phase(&self) -> SourcePhase {
+        self.machine.record().phase
+    }
+}
+
+fn silence() -> PeerWord {
+    PeerWord::Silence(failure("silent"))
+}
+
+fn no() -> PeerWord {
+    PeerWord::No(failure("no"))
+}
+
+#[test]
+fn a_migration_does_each_thing_after_its_record() {
+    let mut host = Host::new();
+    assert_eq!(host.does(SourceEvent::Prepare), ["journal preparing 1", "ask"]);
+    assert_eq!(host.does(SourceEvent::PeerPrepared(PeerWord::Yes)), ["done"]);
+    assert_eq!(host.beats(3, DestinationPhase::Ready), BeatAnswer::Granted);
+    assert_eq!(host.does(SourceEvent::HandOver), ["journal frozen 1", "seal"]);
+    assert_eq!(host.does(SourceEvent::Sealed(Ok(()))), ["journal handed-over 1", "tell 3"]);
+    assert_eq!(host.does(SourceEvent::PeerTold(PeerWord::Yes)), ["done"]);
+    assert_eq!(host.does(SourceEvent::PeerComplete(EPOCH)), ["journal released 1", "done", "release"]);
+    assert_eq!(host.beats(9, DestinationPhase::Active), BeatAnswer::Released);
+    assert_eq!(host.does(SourceEvent::PeerComplete(EPOCH)), ["done"], "its answer may have been lost");
+    assert_eq!(host.does(SourceEvent::RollBack { insist: true }), ["refused"]);
+}
+
+#[test]
+fn a_destination_that_does_not_prepare_is_told_to_forget() {
+    for word in [no(), silence()] {
+        let mut host = Host::new();
+        host.does(SourceEvent::Prepare);
+        let undone = ["tell cancel", "unseal", "thaw", "journal serving 1", "failed"];
+        assert_eq!(host.does(SourceEvent::PeerPrepared(word)), undone);
+        assert_eq!(host.phase(), SourcePhase::Serving);
+    }
+}
+
+#[test]
+fn nothing_is_handed_over_without_a_ready_destination_or_a_sealed_disk() {
+    let mut host = Host::new();
+    assert_eq!(host.does(SourceEvent::HandOver), ["refused"]);
+    host.does(SourceEvent::Prepare);
+    host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
+    host.does(SourceEvent::HandOver);
+    let undone = |end| ["tell cancel", "unseal", "thaw", "journal serving 1", end];
+    assert_eq!(host.does(SourceEvent::Sealed(Ok(()))), undone("no beat"));
+
+    let mut host = Host::new();
+    host.does(SourceEvent::Prepare);
+    host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
+    host.beats(1, DestinationPhase::Ready);
+    host.does(SourceEvent::HandOver);
+    assert_eq!(host.does(SourceEvent::Sealed(Err(failure("EIO")))), undone("failed"));
+}
+
+#[test]
+fn a_record_that_cannot_be_written_stops_what_it_stands_for() {
+    let mut host = Host::new();
+    assert_eq!(
+        host.fails(SourceEvent::Prepare),
+        ["journal preparing 1", "tell cancel", "unseal", "thaw", "failed"],
+        "nothing is asked"
+    );
+    assert_eq!(host.phase(), SourcePhase::Serving);
+
+    let mut host = Host::new();
+    host.does(SourceEvent::Prepare);
+    host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
+    host.beats(1, DestinationPhase::Ready);
+    host.does(SourceEvent::HandOver);
+    let done = host.fails(SourceEvent::Sealed(Ok(())));
+    assert_eq!(done, ["journal handed-over 1", "tell cancel", "unseal", "thaw", "failed"], "the word is not given");
+
+    let mut host = Host::told();
+    assert_eq!(host.fails(SourceEvent::PeerComplete(EPOCH)), ["journal released 1", "failed"], "nothing is removed");
+    assert_eq!(host.phase(), SourcePhase::HandedOver);
+    // The journal may say "released" after a restart: the destination must not be asked back.
+    assert_eq!(host.beats(9, DestinationPhase::Active), BeatAnswer::Granted);
+    assert_eq!(host.does(SourceEvent::RollBack { insist: true }), ["unrecorded"]);
+
+    let mut host = Host::told();
+    host.does(SourceEvent::RollBack { insist: false });
+    let done = host.fails(SourceEvent::PeerDiscard(PeerWord::Yes));
+    assert_eq!(done, ["journal rolled-back 2", "failed"], "the disk stays read-only, the container frozen");
+    assert_eq!((host.phase(), host.machine.record().epoch), (SourcePhase::HandedOver, EPOCH));
+    // The journal may say "rolled back" after a restart: the destination must not go on.
+    assert_eq!(host.beats(9, DestinationPhase::Active), BeatAnswer::GiveBack);
+}
+
+#[test]
+fn a_lost_word_is_told_again() {
+    let mut host = Host::handed_over();
+    assert_eq!(host.does(SourceEvent::PeerTold(silence())), ["failed"]);
+    assert_eq!(host.phase(), SourcePhase::HandedOver);
+    assert_eq!(host.does(SourceEvent::HandOver), ["tell 3"]);
+    assert_eq!(host.does(SourceEvent::PeerTold(PeerWord::Yes)), ["done"]);
+    assert_eq!(host.does(SourceEvent::HandOver), ["done"]);
+    // A beat says so as well.
+    let mut host = Host::handed_over();
+    host.does(SourceEvent::PeerTold(silence()));
+    host.beats(4, DestinationPhase::Active);
+    assert_eq!(host.does(SourceEvent::HandOver), ["done"]);
+}
+
+#[test]
+fn after_a_restart_the_word_is_not_believed_to_have_arrived() {
+    let mut host = Host::recovered(SourcePhase::HandedOver);
+    assert_eq!(host.does(SourceEvent::HandOver), ["no beat"]);
+    host.beats(7, DestinationPhase::Ready);
+    assert_eq!(host.does(SourceEvent::HandOver), ["tell 7"]);
+}
+
+#[test]
+fn a_refused_handover_is_undone_only_when_the_destination_has_forgotten_it() {
+    let rolled_back = ["journal rolled-back 2", "unseal", "thaw", "journal serving 2", "failed"];
+    let mut host = Host::handed_over();
+    assert_eq!(host.does(SourceEvent::PeerTold(no())), ["tell discard"]);
+    assert_eq!(host.does(SourceEvent::PeerDiscard(PeerWord::Yes)), rolled_back);
+    let mut host = Host::handed_over();
+    host.does(SourceEvent::PeerTold(no()));
+    assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), ["unsafe for 11"]);
+    assert_eq!(host.phase(), SourcePhase::HandedOver);
+}
+
+#[test]
+fn a_rollback_needs_the_word_or_the_end_of_the_lease() {
+    let rolled_back = ["journal rolled-back 2", "unseal", "thaw", "journal serving 2", "done"];
+    let mut host = Host::told();
+    assert_eq!(host.does(SourceEvent::RollBack { insist: false }), ["tell discard"]);
+    assert_eq!(host.does(SourceEvent::PeerDiscard(no())), ["failed"]);
+    host.does(SourceEvent::RollBack { insist: false });
+    assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), ["unsafe for 11"]);
+    assert_eq!(host.beats(5, DestinationPhase::Active), BeatAnswer::Granted, "it was not insisted on");
+    host.does(SourceEvent::RollBack { insist: true });
+    assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), ["unsafe for 11"]);
+    assert_eq!(host.beats(6, DestinationPhase::Active), BeatAnswer::GiveBack, "the lease is let end");
+    host.now = at(110);
+    assert_eq!(host.machine.unsafe_for(host.now), Duration::from_secs(1));
+    host.now = at(111);
+    host.does(SourceEvent::RollBack { insist: false });
+    assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), rolled_back);
+    assert_eq!(host.beats(7, DestinationPhase::Fenced), BeatAnswer::RolledBack);
+
+    let mut host = Host::told();
+    host.does(SourceEvent::RollBack { insist: false });
+    assert_eq!(host.does(SourceEvent::PeerDiscard(PeerWord::Yes)), rolled_back, "its word needs no waiting");
+}
+
+#[test]
+fn a_restart_counts_the_lease_anew_and_a_beat_lengthens_it() {
+    let mut host = Host::recovered(SourcePhase::HandedOver);
+    host.now = at(105);
+    assert_eq!(host.machine.unsafe_for(host.now), Duration::from_secs(6));
+    assert_eq!(host.beats(1, DestinationPhase::Active), BeatAnswer::Granted);
+    assert_eq!(host.machine.unsafe_for(host.now), Duration::from_secs(11));
+}
+
+#[test]
+fn nothing_is_released_once_the_disk_was_asked_back() {
+    let mut host = Host::told();
+    host.does(SourceEvent::RollBack { insist: false });
+    host.does(SourceEvent::PeerDiscard(silence()));
+    // The word may have been on its way since before the destination discarded.
+    assert_eq!(host.does(SourceEvent::PeerComplete(EPOCH)), ["asked back"]);
+    assert_eq!(host.phase(), SourcePhase::HandedOver);
+    let mut host = Host::told();
+    assert_eq!(host.does(SourceEvent::PeerComplete(Epoch(7))), ["stale"]);
+}
+
+/// Handles the event and takes effects up to the first record, which is left being written.
+fn until_record(host: &mut Host, event: SourceEvent) {
+    host.machine.handle(host.now, event);
+    let first = host.machine.poll_effect();
+    assert!(matches!(first, Some(SourceEffect::Journal(_))), "{first:?}");
+}
+
+#[test]
+fn a_beat_is_told_nothing_that_is_not_recorded_yet() {
+    let mut host = Host::told();
+    until_record(&mut host, SourceEvent::PeerComplete(EPOCH));
+    assert_eq!(host.phase(), SourcePhase::Released);
+    host.now = at(105);
+    assert_eq!(host.beats(8, DestinationPhase::Active), BeatAnswer::Granted);
+    host.machine.handle(host.now, SourceEvent::Journaled(Err(failure("no space"))));
+    assert_eq!(host.machine.unsafe_for(host.now), Duration::from_secs(11), "what was granted meanwhile counts");
+
+    let mut host = Host::told();
+    host.does(SourceEvent::RollBack { insist: false });
+    until_record(&mut host, SourceEvent::PeerDiscard(PeerWord::Yes));
+    assert_eq!(host.beats(8, DestinationPhase::Fenced), BeatAnswer::GiveBack);
+}
+
+#[test]
+fn a_command_lasts_until_its_answer_was_taken() {
+    let mut host = Host::told();
+    until_record(&mut host, SourceEvent::PeerComplete(EPOCH));
+    assert!(host.machine.is_busy(), "the next one would get this one's answer");
+    host.machine.handle(host.now, SourceEvent::Journaled(Ok(())));
+    assert_eq!(host.effects(true), ["done", "release"]);
+    assert!(!host.machine.is_busy());
+}
+
+#[test]
+fn a_cancel_goes_back_to_serving_before_the_handover_only() {
+    let undone = ["tell cancel", "unseal", "thaw", "journal serving 1", "done"];
+    let mut host = Host::new();
+    host.does(SourceEvent::Prepare);
+    host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
+    assert_eq!(host.does(SourceEvent::Cancel), undone);
+    assert_eq!(host.beats(1, DestinationPhase::Ready), BeatAnswer::RolledBack);
+    let mut host = Host::told();
+    assert_eq!(host.does(SourceEvent::Cancel), ["refused"]);
+}
+
+#[test]
+fn recovery_repeats_the_last_record() {
+    let cases: [(SourcePhase, &[&str], SourcePhase); 6] = [
+        (SourcePhase::Serving, &[], SourcePhase::Serving),
+        (SourcePhase::Preparing, &["tell cancel", "unseal", "thaw", "journal serving 1"], SourcePhase::Serving),
+        (SourcePhase::Frozen, &["tell cancel", "unseal", "thaw", "journal serving 1"], SourcePhase::Serving),
+        (SourcePhase::HandedOver, &[], SourcePhase::HandedOver),
+        (SourcePhase::Released, &["release"], SourcePhase::Released),
+        (SourcePhase::RolledBack, &["unseal", "thaw", "journal serving 1"], SourcePhase::Serving),
+    ];
+    for (phase, effects, ends) in cases {
+        let mut host = Host::recovered(phase);
+        assert_eq!(host.effects(true), effects, "{phase}");
+        assert_eq!(host.phase(), ends);
+    }
+}

@@ -1,0 +1,84 @@
+# shellcheck shell=bash
+# What the guest tests that move a container begin with: the example's stage, and questions about what is on it. Sourced.
+# Uses: LAZY_MIGRATE_BIN. Sets what examples/live-migration/hosts.sh uses.
+# shellcheck disable=SC2034,SC2154
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+programs=$(mktemp -d)
+for program in service client; do
+  gcc -static -O1 -o "$programs/$program" "$repo/examples/live-migration/$program.c"
+done
+install "$LAZY_MIGRATE_BIN" "$programs/lazy-migrate"
+. "$repo/examples/live-migration/hosts.sh"
+mib=${EXAMPLE_MIB:-24} fail_link=0
+work=$(mktemp -d -p "${TMPDIR:-/var/tmp}" live-migration.XXXXXX)
+start=$(date +%s%N)
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+migrate=(migrate web --to 10.78.0.2:10810 --container web --runtime runc --tcp-established --json)
+
+# refused STATUS WORDS COMMAND...: it ends with that status and one line that has the words in it, and no more.
+refused() {
+  local want=$1 words=$2 got=0
+  shift 2
+  "$@" >"$work/stdout" 2>"$work/stderr" || got=$?
+  grep -v '^ *[0-9]* ms  ' "$work/stderr" >"$work/error" || true
+  [ "$got" = "$want" ] || fail "status $got instead of $want from: $*; it said: $(cat "$work/stderr")"
+  [ "$(wc -l <"$work/error")" = 1 ] || fail "more than a line, or none: $(cat "$work/error")"
+  grep -q -- "$words" "$work/error" || fail "'$words' is not in: $(cat "$work/error")"
+  say "as it should be, status $got: $(cat "$work/error")"
+}
+
+# goes_on LOG: it grows within a second.
+goes_on() {
+  local from end
+  from=$(last_line "$1") end=$(($(date +%s%N) + 1000000000))
+  until log_above "$1" "$from"; do
+    [ "$(date +%s%N)" -lt "$end" ] || fail "the service does not go on from $from within a second"
+    sleep 0.02
+  done
+}
+
+# nothing_on_b: no container, no process, no mount, no device, no control group, no rule, no file of the disk.
+nothing_on_b() {
+  wait_until 20 "B has not tidied up: $(left_on_b)" b_is_tidy
+}
+b_is_tidy() { [ -z "$(left_on_b)" ]; }
+left_on_b() {
+  "$work/b/runc" list -q
+  find "$work/b/runc-state" -mindepth 1 2>/dev/null
+  grep -o " $work/b/[^ ]*" /proc/self/mountinfo
+  grep -l "$work/b/" /sys/block/nbd*/backend 2>/dev/null
+  find /sys/fs/cgroup -maxdepth 1 -name 'lazy-migrate-*'
+  inside cb nft list chains | grep -E 'lazy_migrate|CRIU'
+  find "$work/b/state/disks" -mindepth 1 -maxdepth 1 ! -name web
+  [ ! -e "$work/b/state/disks/web" ] || [ "$(on b status web --json 2>/dev/null | jq -r .phase)" = discarded ] ||
+    find "$work/b/state/disks/web"
+  find "$work/b/state/disks" -path '*/web/images*'
+  pgrep -a criu
+  true
+}
+
+# a_is_as_it_was: the container runs on A, its log has no gap, the client kept its connection, the disk is A's.
+a_is_as_it_was() {
+  goes_on "$log_a"
+  check_log "$log_a" || fail "A's log has a gap"
+  [ "$(on a status web --json | jq -r .phase)" = serving ] || fail "A does not serve: $(on a status web)"
+  wait_until 30 "the client gets no replies" client_lives
+  ! inside ca nft list tables | grep lazy_migrate || fail "packets of A's container are still dropped"
+}
+
+# client_is_content: it has lost nothing, and never had to connect again. Ends it.
+client_is_content() {
+  stop_client
+  jq -e '.lost == 0 and .connections == 1' "$work/client.json" >/dev/null || fail "the client lost something"
+}
+
+# move_for_good: a migration that succeeds, as in the end each test has one.
+move_for_good() {
+  on a "${migrate[@]}" >"$work/migrate.json" || fail "the migration failed"
+  goes_on "$log_b"
+  check_log "$log_b" || fail "B's log has a gap"
+  wait_until 30 "the client gets no replies from B" client_lives
+}
