@@ -36,10 +36,11 @@ pub async fn freeze(mount: &Path, limit: Duration) -> Result<(), Error> {
         let dir = open(&path)?;
         let result = answered(raw::fifreeze_fs(&dir), Errno::EBUSY);
         let known = state.compare_exchange(PENDING, DONE, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        if result.is_ok() && !known {
-            if let Err(error) = answered(raw::fithaw_fs(&dir), Errno::EINVAL) {
-                tracing::error!(%error, "a file system stays frozen after a freeze that came too late");
-            }
+        if result.is_ok()
+            && !known
+            && let Err(error) = answered(raw::fithaw_fs(&dir), Errno::EINVAL)
+        {
+            tracing::error!(%error, "a file system stays frozen after a freeze that came too late");
         }
         result.map_err(io_error("freeze the file system at", &path))
     });
