@@ -10,6 +10,8 @@ done
 install "$LAZY_MIGRATE_BIN" "$programs/lazy-migrate"
 EXAMPLE_MIB=${EXAMPLE_MIB:-240} "$repo/examples/live-migration/inner.sh" "$programs" --fail-link >"$programs/answer"
 cat "$programs/answer"
-# The client's connection had gone on to B, so it cannot live; one request was on its way when it broke.
-tail -n 1 "$programs/answer" | jq -e '.rolled_back == true and .verified == true and .client_lost <= 2' >/dev/null ||
+# The client's connection had gone on to B, so it cannot live; one request was on its way when it broke. And it gives
+# up a request after 8 s, which a slow machine's pauses may exceed.
+tail -n 1 "$programs/answer" | jq -e '.rolled_back == true and .verified == true
+  and .client_lost <= 2 + .client_longest_gap_ms / 8000' >/dev/null ||
   { echo "the answer is not within its limits" >&2; exit 1; }
