@@ -86,7 +86,7 @@ link set eth0 $state
 B
 }
 
-# announce HOST: what a network does when an address has moved: the switch hears where it is.
+# announce HOST: the switch hears where the address is. (From the first move on, lazy-migrate sees to that.)
 announce() { inside "c$1" busybox ping -c 1 -W 2 10.77.0.1 >/dev/null || true; }
 
 # B's interface goes up when the switch knows the address on A's side, or B would answer strangers with resets; and the

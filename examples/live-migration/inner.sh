@@ -78,7 +78,6 @@ second_sum=$(sha256sum <"$work/a/web.img")
 on a rollback web --plan >&2 || true
 say "A: rollback web --wait"
 on a rollback web --wait --json >"$work/rollback.json" || fail "the rollback failed (status $?)"
-announce a
 say "A: $(jq -c . "$work/rollback.json")"
 stop_process "$migrating"
 

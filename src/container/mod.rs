@@ -8,6 +8,7 @@
 //! Nothing here decides when: the migration driver does. Every operation has a time limit, may be repeated, and leaves
 //! nothing half-made when it fails.
 
+mod announce;
 pub mod bundle;
 mod cgroup;
 mod command;
@@ -26,6 +27,7 @@ use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 
+pub use announce::announce;
 pub use bundle::Bundle;
 pub use cgroup::Cgroup;
 pub use error::Error;

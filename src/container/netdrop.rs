@@ -70,6 +70,18 @@ impl NetDrop {
         self.nft("let packets pass in", rules.collect()).await
     }
 
+    /// Ends all TCP connections in the namespace, unheard by their peers: for a container that has gone and whose
+    /// connections live elsewhere. The sockets of killed tasks would try to say goodbye for minutes, and whoever lets
+    /// packets pass meanwhile would end the connections there as well. The rules must be in force, and the tasks not be
+    /// dead yet: the kernel ends no socket that nobody owns.
+    pub async fn end_connections(&self) -> Result<(), Error> {
+        if !self.is_installed().await? {
+            return Ok(());
+        }
+        let call = inside(&self.netns, "end the connections of").args(["ss", "-K", "-t", "state", "connected"]);
+        call.run_ok().await.map(drop)
+    }
+
     /// Whether the rules are in force.
     pub async fn is_installed(&self) -> Result<bool, Error> {
         if !self.exists()? {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec, Runtime, quiesce};
+use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec, Runtime, announce, quiesce};
 use crate::device::{DeviceSlot, Via, mount, mounts_of};
 use crate::error::{Failure, Outcome, chain};
 use crate::migration::record::{DestinationContainer, SourceContainer};
@@ -157,13 +157,13 @@ impl SourceHold {
         }
         let open = async {
             match self.net_drop(&container) {
-                Some(drop) => drop.remove().await,
+                Some(drop) => open_network(&drop, None).await,
                 None => Ok(()),
             }
         };
         let (opened, resumed) = tokio::join!(open, runtime.thaw(&id));
         // Each was tried, whatever became of the others.
-        thawed.and(resumed.map_err(|error| failed(&error))).and(opened.map_err(|error| failed(&error)))?;
+        thawed.and(resumed.map_err(|error| failed(&error))).and(opened)?;
         *lock(&self.container) = None;
         self.remove_images().await
     }
@@ -172,7 +172,12 @@ impl SourceHold {
     pub async fn release(&self) -> Outcome<()> {
         if let Some(container) = self.held() {
             let runtime = self.runtimes.find(&container.runtime)?;
-            // Its network stays closed: sockets of the killed tasks would still speak for the address that has moved.
+            if let Some(drop) = self.net_drop(&container)
+                && let Err(error) = drop.end_connections().await
+            {
+                tracing::warn!(error = chain(&error), "the departed container's connections were not ended");
+            }
+            // And its network stays closed: nothing may still speak for the address that has moved.
             runtime.kill_and_delete(&id(&container.id)?).await.map_err(|error| failed(&error))?;
             quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
             unmount(&self.device).await?;
@@ -304,7 +309,7 @@ impl DestinationHold {
         if let Some(drop) = self.net_drop()? {
             // A container that comes back finds the rule of its own departure.
             let departed = NetDrop::new(drop.netns(), &source_owner(&self.disk));
-            drop.remove_with(Some(&departed)).await.map_err(|error| failed(&error))?;
+            open_network(&drop, Some(&departed)).await?;
         }
         told("network open");
         remove_tree(&self.places.images()).await
@@ -404,6 +409,18 @@ async fn known_type(device: PathBuf) -> Outcome<Option<&'static str>> {
         Ok(Err(error)) => Err(Failure::failed(format!("cannot read the disk's first block: {error}"))),
         Err(_) => Err(Failure::failed("the disk does not answer; see whether its source can be reached")),
     }
+}
+
+/// Lets packets pass again, and tells the network where the container's addresses are now.
+async fn open_network(drop: &NetDrop, other: Option<&NetDrop>) -> Outcome<()> {
+    drop.remove_with(other).await.map_err(|error| failed(&error))?;
+    if drop.netns().exists()
+        && let Err(error) = announce(drop.netns()).await
+    {
+        // It is found as soon as it says something itself.
+        tracing::warn!(error = chain(&error), "the network was not told where the container is now");
+    }
+    Ok(())
 }
 
 /// By the magic numbers of the two file systems that containers live on; another is left to mount(8).
