@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::pair::{LEASE, MIB, Pair};
 use crate::support::{Node, allocated, hash, image, random_image, run, wait_for};
@@ -21,16 +22,19 @@ impl Mount {
         self.0.as_ref().unwrap()
     }
 
-    /// Unmounts, and must succeed.
+    /// Unmounts, and must succeed. A process that another test is just starting holds copies of this one's files until
+    /// it runs its own program: the file system is busy for that long.
     fn end(mut self) {
-        run("umount", "mount", &[self.0.take().unwrap().to_str().unwrap()]);
+        let at = self.path().to_owned();
+        wait_for("unmounting", || Command::new("umount").arg(&at).output().unwrap().status.success());
+        self.0 = None;
     }
 }
 
 impl Drop for Mount {
     fn drop(&mut self) {
         if let Some(at) = &self.0 {
-            let _ = std::process::Command::new("umount").args(["-l".as_ref(), at.as_os_str()]).status();
+            let _ = Command::new("umount").args(["-l".as_ref(), at.as_os_str()]).status();
         }
     }
 }
