@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use nbd::export::{Export, Exports};
+use bytes::Bytes;
+use nbd::export::{Answer, Export, ExportInfo, Exports, Extent, ReadAnswer, ZeroMode};
+use nbd::wire::Errno;
 
 use super::disk::Role;
 use super::{DiskName, Node};
+use crate::export::LazyExport;
 use crate::migration::phase::SourcePhase;
 
 /// Every disk of the node.
@@ -35,7 +38,7 @@ impl Exports for MigrationExports {
         let disk = self.0.disk(&name.parse::<DiskName>().ok()?).ok()?;
         match disk.role() {
             Role::Source(source, _) if source.view().record.phase != SourcePhase::Serving => {
-                Some(Arc::new(disk.export.clone()))
+                Some(Arc::new(ReadOnly(disk.export.clone())))
             }
             _ => None,
         }
@@ -43,5 +46,73 @@ impl Exports for MigrationExports {
 
     fn list(&self) -> Vec<(String, String)> {
         Vec::new()
+    }
+}
+
+/// What the other host sees of a disk: it never writes there, whatever the gate would allow.
+struct ReadOnly(LazyExport);
+
+const REFUSED: Answer<()> = Answer::Now(Err(Errno::EPERM));
+
+impl Export for ReadOnly {
+    fn info(&self) -> ExportInfo {
+        ExportInfo { read_only: true, ..self.0.info() }
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
+        self.0.read(offset, buffer)
+    }
+
+    fn write(&self, _: u64, _: Bytes, _: bool) -> Answer<()> {
+        REFUSED
+    }
+
+    fn flush(&self) -> Answer<()> {
+        self.0.flush()
+    }
+
+    fn trim(&self, _: u64, _: u64, _: bool) -> Answer<()> {
+        REFUSED
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: bool) -> Answer<()> {
+        REFUSED
+    }
+
+    fn cache(&self, offset: u64, length: u64) -> Answer<()> {
+        self.0.cache(offset, length)
+    }
+
+    fn block_status(&self, context: &str, offset: u64, length: u64, max_extents: usize) -> Answer<Vec<Extent>> {
+        self.0.block_status(context, offset, length, max_extents)
+    }
+
+    fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync> {
+        Arc::new(self.0.clone()).client_entered()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::MemoryStore;
+    use crate::units::ByteRange;
+
+    #[test]
+    fn nothing_of_a_disk_can_be_changed_over_the_peer_port() {
+        let store = Arc::new(MemoryStore::new(8192));
+        let disk = LazyExport::local_on("web", store, false).unwrap();
+        let seen = ReadOnly(disk.clone());
+        assert!(seen.info().read_only && !disk.info().read_only);
+        let range = ByteRange::new(0, 4096);
+        let answers = [
+            seen.write(0, Bytes::from_static(&[1; 4096]), false),
+            seen.trim(0, range.len(), false),
+            seen.write_zeroes(0, range.len(), ZeroMode::default(), false),
+        ];
+        assert!(answers.iter().all(|answer| matches!(answer, Answer::Now(Err(Errno::EPERM)))));
+        let mut bytes = [9; 4096];
+        assert!(matches!(seen.read(0, &mut bytes), ReadAnswer::Now(Ok(()))));
+        assert_eq!(bytes, [0; 4096]);
     }
 }
