@@ -44,8 +44,9 @@ pub(super) struct ServeArguments {
     /// Make a lazily filled export, as `pull` does. May be given several times.
     #[arg(long, value_name = "NAME=NBD-URI")]
     pull: Vec<String>,
-    /// A runtime whose containers may move from and to this host. May be given several times.
-    #[arg(long, value_name = "NAME[=PATH]")]
+    /// A runtime whose containers may move from and to this host, with the state directory that it is told by its --root,
+    /// if any.
+    #[arg(long, value_name = "NAME[=PATH][,root=DIR]")]
     runtime: Vec<String>,
     /// Where this host's bundles are: DIR/CONTAINER holds the config.json that a container is restored with.
     #[arg(long, value_name = "DIR")]
@@ -120,11 +121,18 @@ fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
     }
     let mut runtimes: BTreeMap<String, Arc<dyn Runtime>> = BTreeMap::new();
     for text in &arguments.runtime {
-        let (name, path) = text.split_once('=').unwrap_or((text, text));
+        let (program, root) = match text.split_once(",root=") {
+            Some((program, root)) => (program, Some(PathBuf::from(root))),
+            None => (text.as_str(), None),
+        };
+        let (name, path) = program.split_once('=').unwrap_or((program, program));
         if name != "runc" {
             return Err(usage(format!("--runtime {text}: this version knows runc only")));
         }
-        runtimes.insert(name.into(), Arc::new(Runc { binary: path.into(), ..Runc::default() }));
+        if root.as_ref().is_some_and(|root| !root.is_absolute()) {
+            return Err(usage(format!("--runtime {text}: the root must be an absolute path")));
+        }
+        runtimes.insert(name.into(), Arc::new(Runc { binary: path.into(), root, ..Runc::default() }));
     }
     let timings = Timings::of(arguments.lease).checked().map_err(|error| usage(format!("--lease: {error}")))?;
     let absolute = |path: &Option<PathBuf>| {
