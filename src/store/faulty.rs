@@ -13,7 +13,6 @@ pub struct FaultyStore {
     live: MemoryStore,
     durable: Mutex<Vec<u8>>,
     write_error: AtomicI32,
-    read_error: AtomicI32,
     sync_error: AtomicI32,
 }
 
@@ -29,7 +28,6 @@ impl FaultyStore {
             live: MemoryStore::from_bytes(bytes.clone()),
             durable: Mutex::new(bytes),
             write_error: AtomicI32::new(0),
-            read_error: AtomicI32::new(0),
             sync_error: AtomicI32::new(0),
         }
     }
@@ -37,11 +35,6 @@ impl FaultyStore {
     /// From now on writes, zeroings and discards fail with this error number; 0 ends it.
     pub fn fail_writes(&self, errno: i32) {
         self.write_error.store(errno, Ordering::SeqCst);
-    }
-
-    /// From now on reads fail with this error number; 0 ends it.
-    pub fn fail_reads(&self, errno: i32) {
-        self.read_error.store(errno, Ordering::SeqCst);
     }
 
     /// From now on syncs fail with this error number; 0 ends it.
@@ -73,7 +66,6 @@ impl Store for FaultyStore {
     }
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
-        check(&self.read_error)?;
         self.live.read_at(offset, buffer)
     }
 

@@ -16,7 +16,8 @@ refused 1 'could not be restored.*goes on here' on a "${migrate[@]}"
 a_is_as_it_was
 nothing_on_b
 
-# That a criu killed half way is cleaned up after is shown by container_real: runc then waits until its time is over.
+# Not half way: runc then waits until the time of the restore is over, longer than the client does. A restore that hangs
+# until then, and what is cleaned up after it, is in container_real.
 say "B: criu fails at the restore"
 cp "$work/config.json" "$bundle"
 mkdir "$work/b/bin"

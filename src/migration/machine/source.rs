@@ -177,11 +177,6 @@ impl SourceMachine {
         self.lease.as_ref().filter(|_| self.record.phase == SourcePhase::HandedOver)
     }
 
-    /// Whether the destination may own the disk.
-    pub fn is_given_away(&self) -> bool {
-        matches!(self.record.phase, SourcePhase::HandedOver | SourcePhase::Released)
-    }
-
     /// The next thing to do.
     pub fn poll_effect(&mut self) -> Option<SourceEffect> {
         let effect = self.effects.pop_front();
