@@ -47,7 +47,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Process {
     #[command(flatten)]
-    Command(Command),
+    Command(Box<Command>),
     /// Freeze a container when its lease ends; the node starts this by itself.
     Guard(guard::GuardArguments),
 }
@@ -184,7 +184,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     let Arguments { control, json, process } = arguments;
     let command = match process {
         Process::Guard(arguments) => return guard::run(&arguments),
-        Process::Command(command) => command,
+        Process::Command(command) => *command,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -2,7 +2,8 @@
 //!
 //! Each word has one writer: the node moves the deadline, the guard reports. The file is meant for one container group
 //! and one boot; a new file (never an old one rewritten) makes a guard of the old one end. Best kept where no disk is
-//! behind it (`/run`): then no stuck disk can delay a report. The freezing does not depend on it (see `process`).
+//! behind it (`/run`): a store to a mapped file waits for its disk, and a stuck disk would hold the node up in
+//! [`GuardLease::set_deadline`] and delay the guard's report. The freezing does not depend on it (see `process`).
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};

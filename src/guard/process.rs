@@ -5,6 +5,7 @@
 //! may wait is the scribe's (see `report`).
 
 use std::ffi::CString;
+use std::fmt::Display;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -39,9 +40,12 @@ pub fn run(lease: &Path, cgroup: &Cgroup) -> Result<(), Error> {
     let _ = setsid();
     std::env::set_current_dir("/").map_err(Error::io("go to", Path::new("/")))?;
     let orders = Orders::listen()?;
-    stand_above_the_rest(cgroup);
+    let warnings = stand_above_the_rest();
     // Last, because who holds the lock is ready.
     let _lock = lease.lock()?;
+    for warning in warnings {
+        say(cgroup, &warning);
+    }
     let report = Report::new(lease.fired());
     let scribe = Scribe::start(report.clone(), lease.clone(), cgroup.clone())
         .map_err(Error::io("start a thread for", Path::new(cgroup.path())))?;
@@ -147,20 +151,23 @@ fn sleep_until(until: BootTime) {
     let _ = clock_nanosleep(ClockId::CLOCK_BOOTTIME, ClockNanosleepFlags::TIMER_ABSTIME, &until);
 }
 
-/// What keeps a busy, full or starved host from holding the guard up. Where it is not allowed the guard still guards.
-fn stand_above_the_rest(cgroup: &Cgroup) {
-    let tell = |what: &str, error: &dyn std::fmt::Display| say(cgroup, &format!("warning: cannot {what}: {error}"));
+/// What keeps a busy, full or starved host from holding the guard up. Where it is not allowed the guard still guards;
+/// the answer says what was not.
+fn stand_above_the_rest() -> Vec<String> {
+    let mut warnings = Vec::new();
+    let mut warn = |what: &str, error: &dyn Display| warnings.push(format!("warning: cannot {what}: {error}"));
     if let Err(errno) = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE) {
-        tell("lock its memory; a host that is out of memory may delay it", &errno);
+        warn("lock its memory; a host that is out of memory may delay it", &errno);
     }
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
-        tell("protect itself from being killed when memory runs out", &error);
+        warn("protect itself from being killed when memory runs out", &error);
     }
-    if let Err(real_time) = run_in_real_time() {
-        if let Err(nice) = run_before_others() {
-            tell("raise its priority; a busy host may delay it", &format!("{real_time}, and {nice}"));
-        }
+    if let Err(real_time) = run_in_real_time()
+        && let Err(nice) = run_before_others()
+    {
+        warn("raise its priority; a busy host may delay it", &format!("{real_time}, and {nice}"));
     }
+    warnings
 }
 
 #[allow(unsafe_code)]
