@@ -99,7 +99,7 @@ impl Freezer {
     }
 
     /// Freezes if it is still wanted when all is ready for it; answers whether it was.
-    fn freeze(&self, report: &Report, wanted: impl Fn() -> bool) -> Result<bool, Errno> {
+    fn freeze(&self, report: &Report, wanted: impl FnOnce() -> bool) -> Result<bool, Errno> {
         // Opened each time: the group may have been removed and made again.
         let file = open(self.path.as_c_str(), OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty())?;
         report.fired();
@@ -181,4 +181,53 @@ fn run_in_real_time() -> Result<(), Errno> {
 fn run_before_others() -> Result<(), Errno> {
     // SAFETY: the call takes no pointer and changes only this process's priority.
     Errno::result(unsafe { nix::libc::setpriority(nix::libc::PRIO_PROCESS, 0, -20) }).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(state: &str) -> (tempfile::TempDir, Freezer) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cgroup.freeze");
+        std::fs::write(&path, state).unwrap();
+        let path = CString::new(path.as_os_str().as_bytes()).unwrap();
+        (directory, Freezer { path })
+    }
+
+    fn state(freezer: &Freezer) -> String {
+        std::fs::read_to_string(freezer.path.to_str().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_node_that_renews_and_thaws_just_before_the_write_sees_another_count_after_it() {
+        let (_directory, freezer) = place("0");
+        let report = Report::new(7);
+        let mut seen = 0;
+        let frozen = freezer.freeze(&report, || {
+            // The guard has read the deadline, and before it writes the node has its whole turn.
+            seen = report.count();
+            true
+        });
+        assert_eq!((frozen, state(&freezer).as_str()), (Ok(true), "1"));
+        assert!(seen > 7, "the beginning is not counted");
+        assert!(report.count() > seen, "the node does not learn of the write");
+    }
+
+    #[test]
+    fn a_renewal_up_to_the_last_moment_leaves_the_group_alone() {
+        let (_directory, freezer) = place("0");
+        assert_eq!(freezer.freeze(&Report::new(0), || false), Ok(false));
+        assert_eq!(state(&freezer), "0");
+    }
+
+    #[test]
+    fn a_group_that_is_not_there_is_no_freeze_and_counts_as_none() {
+        let (directory, freezer) = place("0");
+        drop(directory);
+        let report = Report::new(0);
+        let refused = freezer.freeze(&report, || true).unwrap_err();
+        assert_eq!((Tried::of(refused), report.count()), (Tried::Absent, 0));
+        assert_eq!(Tried::of(Errno::EACCES), Tried::Failed);
+    }
 }

@@ -59,6 +59,11 @@ impl Report {
         self.fired.fetch_add(1, Ordering::SeqCst);
     }
 
+    /// The count for the lease file.
+    pub(super) fn count(&self) -> u64 {
+        self.fired.load(Ordering::SeqCst)
+    }
+
     /// An outcome that is new for its deadline.
     pub(super) fn news(&self, errno: Option<Errno>) {
         self.errno.store(errno.map_or(0, |errno| errno as i32), Ordering::Relaxed);
@@ -114,7 +119,7 @@ fn write_until_the_end(report: &Report, lease: &GuardLease, cgroup: &Cgroup) {
     loop {
         let ended = report.ended.load(Ordering::Acquire);
         let turned = BootTime::new(Duration::from_nanos(report.turned.load(Ordering::Relaxed)));
-        lease.record(report.fired.load(Ordering::SeqCst), turned);
+        lease.record(report.count(), turned);
         if report.told_to_end.load(Ordering::Relaxed) && !std::mem::replace(&mut end_said, true) {
             say(cgroup, "told to end; the container is frozen first unless no lease is needed any more");
         }
