@@ -45,6 +45,7 @@ struct Driver {
     verifier: Arc<Verifier>,
     /// After a restart: whether the container has outlived the node.
     looking: Option<BoxFuture<'static, bool>>,
+    guarding: Option<BoxFuture<'static, bool>>,
     waiting: Option<oneshot::Sender<Result<(), Denied>>>,
     resume_waiting: Vec<oneshot::Sender<Outcome<()>>>,
     next_beat: BootTime,
@@ -73,6 +74,7 @@ impl Driver {
             verifying: None,
             verifier: Arc::default(),
             looking: None,
+            guarding: None,
             waiting: None,
             resume_waiting: Vec::new(),
             next_beat: BootTime::default(),
@@ -145,6 +147,13 @@ impl Driver {
                     self.resumed |= runs;
                     self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
                 }
+                frozen = pending(&mut self.guarding) => {
+                    self.guarding = None;
+                    // It froze while the lease was being renewed.
+                    if frozen && self.machine.record().phase == DestinationPhase::Active && !self.starving {
+                        self.world.hold.set_frozen(false);
+                    }
+                }
                 event = pending(&mut self.telling) => {
                     self.telling = None;
                     self.note_refusal(&event);
@@ -175,6 +184,7 @@ impl Driver {
             self.deadline = Some(deadline);
             let nanoseconds = |at: BootTime| i64::try_from(at.since_boot().as_nanos()).unwrap_or(i64::MAX - 1);
             self.world.export.gate().set_deadline(deadline.map_or(i64::MAX, nanoseconds));
+            self.world.hold.set_deadline(deadline);
         }
     }
 
@@ -340,6 +350,10 @@ impl Driver {
         let now = clock::now();
         if self.beating.is_some() || !self.machine.beats() || now < self.next_beat {
             return;
+        }
+        if self.guarding.is_none() {
+            let hold = self.world.hold.clone();
+            self.guarding = Some(Box::pin(async move { hold.look_after_guard().await }));
         }
         let beat = self.machine.send_beat(now);
         let interval = self.machine.lease().beat_interval();
