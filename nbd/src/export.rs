@@ -5,6 +5,7 @@
 //! peer or for the disk's write cache returns a future ([`Answer::Later`]), which the connection's own task polls: there
 //! is never a task a request. The server has checked range, alignment, flags and read-only before it calls.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -26,6 +27,10 @@ pub enum Answer<T> {
 pub enum ReadAnswer {
     /// On `Ok`, the buffer that was given is filled to its end.
     Now(Result<(), Errno>),
+    /// As `Now(Ok(()))`; besides, these ranges of the buffer are known to be zeroes (counted from its start; ascending,
+    /// none empty, none touching the next). Where the client understands it, they are sent as holes. Worth telling only
+    /// where it costs no more than the read itself.
+    Sparse(Vec<Range<usize>>),
     /// The bytes come later, exactly as many as were asked; the buffer that was given is not used.
     Later(BoxFuture<'static, Result<Bytes, Errno>>),
 }
@@ -39,12 +44,36 @@ pub struct ExportInfo {
     pub read_only: bool,
     /// Free text for NBD_OPT_LIST and NBD_INFO_DESCRIPTION.
     pub description: String,
-    /// Preferred request alignment in bytes: a power of two, 512 or more. The minimum is always 1.
+    /// Smallest unit of a request in bytes: a power of two up to 65536. Requests that are not aligned to it are refused,
+    /// and the size that clients see is cut to a multiple of it.
+    pub minimum_block: u32,
+    /// Preferred request alignment in bytes: a power of two, 512 or more.
     pub preferred_block: u32,
+    /// WRITE_ZEROES can be asked to be fast or fail, see [`ZeroMode::fast`] (NBD_FLAG_SEND_FAST_ZERO).
+    pub fast_zero: bool,
+    /// Access in order is much faster than at random (NBD_FLAG_ROTATIONAL).
+    pub rotational: bool,
     /// FLUSH on one connection covers writes answered on every other (NBD_FLAG_CAN_MULTI_CONN).
     pub multi_conn: bool,
     /// Names of the meta contexts that can be asked for, for example `base:allocation`.
     pub contexts: Vec<String>,
+}
+
+impl Default for ExportInfo {
+    /// A writable export of no bytes, byte by byte, without contexts.
+    fn default() -> ExportInfo {
+        ExportInfo {
+            size: 0,
+            read_only: false,
+            description: String::new(),
+            minimum_block: 1,
+            preferred_block: 4096,
+            fast_zero: false,
+            rotational: false,
+            multi_conn: false,
+            contexts: Vec::new(),
+        }
+    }
 }
 
 /// One extent of a BLOCK_STATUS reply.
@@ -66,6 +95,9 @@ pub const STATE_ZERO: u64 = 2;
 pub struct ZeroMode {
     /// Allocate, do not punch a hole (NBD_CMD_FLAG_NO_HOLE).
     pub no_hole: bool,
+    /// Answer ENOTSUP at once where zeroing would not be faster than writing zeroes (NBD_CMD_FLAG_FAST_ZERO). Comes only
+    /// to exports with [`ExportInfo::fast_zero`].
+    pub fast: bool,
 }
 
 /// A virtual disk. Object-safe; cheap to call from many connections at once.

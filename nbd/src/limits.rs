@@ -6,14 +6,21 @@ use std::time::Duration;
 pub const MAX_PAYLOAD: u32 = 32 << 20;
 /// Longest data of an option that is kept, in bytes; longer data is thrown away and the option refused.
 pub const MAX_OPTION_DATA: u32 = 64 << 10;
+/// Most queries of one LIST_META_CONTEXT or SET_META_CONTEXT.
+pub const MAX_QUERIES: usize = 256;
 /// Most meta contexts that one client can choose.
 pub const MAX_CONTEXTS: usize = 64;
 /// How long a client may take from the connect to the transmission phase.
 pub const HANDSHAKE_TIME: Duration = Duration::from_secs(30);
 /// How long a connection that is being shut down waits for requests in flight and for the peer to take its replies.
 pub const DRAIN_TIME: Duration = Duration::from_secs(5);
-/// Connections of one listener, half-open ones included. At the limit, further clients wait in the kernel's queue.
+/// How long a client in the handshake may go on when the server shuts down; its options are refused.
+pub const HANDSHAKE_DRAIN_TIME: Duration = Duration::from_secs(1);
+/// Connections of one listener in the transmission phase. At the limit, further clients wait at the end of their
+/// handshake, for as long as that may take.
 pub const MAX_CONNECTIONS: usize = 256;
+/// Connections of one listener in the handshake. At the limit, further clients wait in the kernel's queue.
+pub const MAX_HANDSHAKES: usize = 64;
 
 /// Requests of one connection that are waiting for an [`crate::export::Answer::Later`].
 pub const MAX_REQUESTS_IN_FLIGHT: usize = 256;
@@ -23,6 +30,12 @@ pub const MAX_BYTES_IN_FLIGHT: usize = 64 << 20;
 /// Reply bytes of one connection that are waiting for the peer to read them; above, no further request is taken. One
 /// reply may go beyond it by its own size.
 pub const OUTPUT_HIGH_WATER: usize = 4 << 20;
+/// Requests in flight of all connections that share a [`crate::server::Budget`].
+pub const SERVER_REQUESTS_IN_FLIGHT: usize = 4096;
+/// Bytes that those connections hold: payloads, data of answers, and replies that wait to be read.
+pub const SERVER_BYTES_IN_FLIGHT: usize = 512 << 20;
+/// Bytes up to which a connection without requests in flight is not counted, and never held back.
+pub const UNCOUNTED_BYTES: usize = 256 << 10;
 /// Extents in one BLOCK_STATUS reply, for each context.
 pub const MAX_STATUS_EXTENTS: usize = 8192;
 
@@ -37,8 +50,13 @@ pub const CLIENT_OUTPUT_HIGH_WATER: usize = 8 << 20;
 pub const CLIENT_CLOSE_TIME: Duration = Duration::from_secs(5);
 /// Pieces of one split request that are in flight at a time.
 pub const CLIENT_PIECES_IN_FLIGHT: usize = 4;
-/// Longest piece of a request without payload (TRIM, WRITE_ZEROES), in bytes; a multiple of every block size.
-pub const CLIENT_LONGEST_PIECE: u32 = 1 << 30;
+/// Longest piece of a request without payload (TRIM, WRITE_ZEROES) where lengths have 32 bits, in bytes; a multiple of
+/// every block size.
+pub const CLIENT_LONGEST_PIECE: u64 = 1 << 30;
+/// Pause before a client that lost its connection dials again; doubled with each failure.
+pub const RECONNECT_FIRST_PAUSE: Duration = Duration::from_millis(50);
+/// The longest of these pauses.
+pub const RECONNECT_LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Longest data that a client accepts in the reply to an option, in bytes.
 pub const MAX_OPTION_REPLY: u32 = 64 << 10;
 /// Replies that a client accepts to one option: exports of a list, contexts, pieces of information.

@@ -1,5 +1,6 @@
 //! An export in memory: for tests, examples and measurements.
 
+use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use bytes::Bytes;
@@ -9,6 +10,7 @@ use crate::wire::{BASE_ALLOCATION, Errno};
 
 /// Unit in which [`MemoryDisk`] tells holes, in bytes.
 const BLOCK: u64 = 4096;
+static ZEROES: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
 /// A disk in memory. It is as durable as the process, so that FLUSH and FUA have nothing to do. A block of 4 KiB that
 /// is all zeroes is told as a hole. Ranges must lie within the disk, as the server sees to.
@@ -61,15 +63,23 @@ impl Export for MemoryDisk {
             read_only: self.read_only,
             description: "a disk in memory".to_owned(),
             preferred_block: BLOCK as u32,
+            fast_zero: true,
             multi_conn: true,
             contexts: vec![BASE_ALLOCATION.to_owned()],
+            ..ExportInfo::default()
         }
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
         let content = self.lock();
-        let range = content.get(offset as usize..).and_then(|rest| rest.get(..buffer.len()));
-        ReadAnswer::Now(range.map(|bytes| buffer.copy_from_slice(bytes)).ok_or(Errno::EINVAL))
+        let Some(bytes) = content.get(offset as usize..).and_then(|rest| rest.get(..buffer.len())) else {
+            return ReadAnswer::Now(Err(Errno::EINVAL));
+        };
+        buffer.copy_from_slice(bytes);
+        match holes(bytes) {
+            none if none.is_empty() => ReadAnswer::Now(Ok(())),
+            holes => ReadAnswer::Sparse(holes),
+        }
     }
 
     fn write(&self, offset: u64, data: Bytes, _fua: bool) -> Answer<()> {
@@ -118,6 +128,21 @@ impl Export for MemoryDisk {
     fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync> {
         Box::new(())
     }
+}
+
+/// The ranges of zeroes, in whole blocks counted from the start.
+fn holes(bytes: &[u8]) -> Vec<Range<usize>> {
+    let mut holes: Vec<Range<usize>> = Vec::new();
+    for (index, block) in bytes.chunks_exact(BLOCK as usize).enumerate() {
+        if block == ZEROES {
+            let start = index * BLOCK as usize;
+            match holes.last_mut() {
+                Some(last) if last.end == start => last.end += block.len(),
+                _ => holes.push(start..start + block.len()),
+            }
+        }
+    }
+    holes
 }
 
 /// One export under one name, which is also the default export.

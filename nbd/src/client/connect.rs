@@ -9,27 +9,35 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use super::ClientError;
+use super::{ClientError, Reconnect};
 use crate::address::Address;
 use crate::limits::HANDSHAKE_TIME;
 use crate::proto::client::{Goal, Negotiated, Negotiation, Outcome, Plan};
 use crate::socket::{tune_tcp, tune_unix};
-use crate::wire::ServerEntry;
+use crate::wire::{Framing, ServerEntry};
 
 /// How to connect.
 #[derive(Clone, Debug)]
 pub struct ConnectOptions {
-    /// Ask for structured replies; meta contexts need them. A server without them is used with simple replies.
-    pub structured: bool,
+    /// The best form of requests and replies to ask for. A server without it is used with the next best; meta contexts
+    /// need [`Framing::Structured`], and are asked for only with it.
+    pub framing: Framing,
     /// The meta contexts to ask for. A server need not grant them: see [`super::ClientInfo::contexts`].
     pub contexts: Vec<String>,
     /// How long connect and handshake may take.
     pub time: Duration,
+    /// What to do when the connection is lost; `None`: requests fail.
+    pub reconnect: Option<Reconnect>,
 }
 
 impl Default for ConnectOptions {
     fn default() -> ConnectOptions {
-        ConnectOptions { structured: true, contexts: Vec::new(), time: HANDSHAKE_TIME }
+        ConnectOptions {
+            framing: Framing::Extended,
+            contexts: Vec::new(),
+            time: HANDSHAKE_TIME,
+            reconnect: None,
+        }
     }
 }
 
@@ -67,9 +75,20 @@ pub async fn negotiate<S>(mut stream: S, export: &str, options: &ConnectOptions)
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let plan = Plan { goal: Goal::Transmission, export: export.to_owned(), structured: false, contexts: Vec::new() };
-    match outcome(&mut stream, plan, options.time).await? {
-        Outcome::Export(negotiated) => Ok((stream, negotiated)),
+    let options = ConnectOptions { framing: Framing::Simple, contexts: Vec::new(), ..options.clone() };
+    let negotiated = enter(&mut stream, export, &options).await?;
+    Ok((stream, negotiated))
+}
+
+/// Negotiates the transmission phase. After it, not a byte more has been read.
+pub(super) async fn enter<S>(stream: &mut S, export: &str, options: &ConnectOptions) -> Result<Negotiated, ClientError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    let (export, contexts) = (export.to_owned(), options.contexts.clone());
+    let plan = Plan { goal: Goal::Transmission, export, framing: options.framing, contexts };
+    match outcome(stream, plan, options.time).await? {
+        Outcome::Export(negotiated) => Ok(negotiated),
         Outcome::List(_) => Err(unexpected()),
     }
 }
@@ -82,7 +101,7 @@ pub async fn list<S>(mut stream: S, options: &ConnectOptions) -> Result<Vec<Serv
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let plan = Plan { goal: Goal::List, export: String::new(), structured: false, contexts: Vec::new() };
+    let plan = Plan { goal: Goal::List, export: String::new(), framing: Framing::Simple, contexts: Vec::new() };
     match outcome(&mut stream, plan, options.time).await? {
         Outcome::List(entries) => Ok(entries),
         Outcome::Export(_) => Err(unexpected()),
@@ -100,7 +119,7 @@ where
     let plan = Plan {
         goal: Goal::Info,
         export: export.to_owned(),
-        structured: options.structured,
+        framing: options.framing,
         contexts: options.contexts.clone(),
     };
     match outcome(&mut stream, plan, options.time).await? {
@@ -110,7 +129,7 @@ where
 }
 
 /// Runs a negotiation to its outcome. After it, not a byte more has been read.
-pub(super) async fn outcome<S>(stream: &mut S, plan: Plan, time: Duration) -> Result<Outcome, ClientError>
+async fn outcome<S>(stream: &mut S, plan: Plan, time: Duration) -> Result<Outcome, ClientError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {

@@ -2,7 +2,8 @@
 //!
 //! Callers queue operations; the task takes what is queued, sends it at once, and hands each completion to its caller.
 //! It owns the stream and the session, so that there is no lock, and a caller that goes away strands nothing: its
-//! request stays in the session until the reply is here, and is then forgotten.
+//! request stays in the session until the reply is here, and is then forgotten. A connection that is lost is made anew
+//! where that was asked for (`reconnect`), with the same session.
 
 use std::future::poll_fn;
 use std::io;
@@ -18,11 +19,12 @@ use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 
 use super::ClientError;
+use super::reconnect::{Lost, Redial};
 use crate::limits::{
     CLIENT_CLOSE_TIME, CLIENT_OUTPUT_HIGH_WATER, CLIENT_QUEUE, CLIENT_REQUESTS_IN_FLIGHT, KEPT_BUFFER, RECEIVE_SPACE,
 };
 use crate::output::Output;
-use crate::proto::client::{Completion, Operation, ProtocolError, Refusal, Reply, Session};
+use crate::proto::client::{Completion, Negotiated, Operation, ProtocolError, Refusal, Reply, Session};
 
 /// How a request ended: answered, or the connection died before.
 pub(super) type Ending = Result<Result<Reply, Refusal>, ClientError>;
@@ -78,6 +80,17 @@ enum Stop {
     Stream(#[from] io::Error),
     #[error("{0}")]
     Protocol(#[from] ProtocolError),
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    #[error("{0}")]
+    Lost(#[from] Lost),
+}
+
+impl Stop {
+    /// Whether another connection may do better.
+    fn is_loss(&self) -> bool {
+        matches!(self, Stop::ByServer | Stop::Stream(_) | Stop::ShuttingDown)
+    }
 }
 
 /// Whether the connection is to end.
@@ -100,6 +113,7 @@ pub(super) struct Driver<S> {
     messages: mpsc::Receiver<Message>,
     batch: Vec<Message>,
     closing: Closing,
+    redial: Option<Redial<S>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
@@ -108,6 +122,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
         session: Session<oneshot::Sender<Ending>>,
         messages: mpsc::Receiver<Message>,
         fate: Arc<Fate>,
+        redial: Option<Redial<S>>,
     ) -> Driver<S> {
         Driver {
             fate: EndOnDrop(fate),
@@ -118,6 +133,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
             messages,
             batch: Vec::new(),
             closing: Closing::No,
+            redial,
         }
     }
 
@@ -130,11 +146,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
             sleep(CLIENT_CLOSE_TIME).await;
         };
         let stop = tokio::select! {
-            stop = poll_fn(|cx| self.poll(cx)) => stop,
+            stop = self.work() => stop,
             () = give_up => Stop::GivenUp,
         };
         if matches!(stop, Stop::Closed) {
-            self.output.extend(&Session::<()>::disconnect());
+            self.output.extend(&self.session.disconnect());
             // The server may be gone: it is left in any case.
             let leave = async {
                 let _ = poll_fn(|cx| self.output.poll_send(&mut self.stream, cx)).await;
@@ -151,6 +167,36 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
             if let Message::Request(_, waiting) = message {
                 let _ = waiting.send(Err(self.fate.0.error()));
             }
+        }
+    }
+
+    /// Works over one connection after the other.
+    async fn work(&mut self) -> Stop {
+        loop {
+            let stop = poll_fn(|cx| self.poll(cx)).await;
+            let Some(redial) = self.redial.as_mut().filter(|_| stop.is_loss() && self.closing == Closing::No) else {
+                return stop;
+            };
+            tracing::info!(reason = %stop, "the connection to an NBD server is lost, and made anew");
+            let connected = tokio::select! {
+                connected = redial.connect() => connected,
+                () = self.fate.0.leaving.cancelled() => return stop,
+            };
+            match connected {
+                Ok((stream, negotiated)) => self.restart(stream, &negotiated),
+                Err(lost) => return lost.into(),
+            }
+        }
+    }
+
+    fn restart(&mut self, stream: S, negotiated: &Negotiated) {
+        self.stream = stream;
+        self.input.clear();
+        self.output = Output::default();
+        let Some(redial) = &self.redial else { return };
+        for (head, payload) in self.session.restart(negotiated, &redial.first, oneshot::Sender::is_closed) {
+            self.output.extend(&head);
+            self.output.push(payload);
         }
     }
 
@@ -171,6 +217,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
                 return Poll::Ready(Ok(()));
             }
             let received = self.receive(cx)?;
+            if self.session.all_parked() {
+                return Poll::Ready(Err(Stop::ShuttingDown));
+            }
             // Once more if something happened that may have made room or work; else all wakers are set.
             if received || (queued && sent.is_ready()) {
                 continue;
@@ -201,10 +250,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
                     Message::Close => self.closing = Closing::WhenAnswered,
                     Message::Request(_, waiting) if waiting.is_closed() => {}
                     Message::Request(operation, waiting) => {
-                        self.output.extend(&self.session.submit(&operation, waiting));
-                        if let Operation::Write { data, .. } = operation {
-                            self.output.push(data);
-                        }
+                        let (head, payload) = self.session.submit(&operation, waiting);
+                        self.output.extend(&head);
+                        self.output.push(payload);
                     }
                 }
             }

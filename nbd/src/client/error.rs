@@ -38,7 +38,7 @@ pub enum ClientError {
         reason: Arc<str>,
     },
     /// The server refused the request.
-    #[error("the server refused {command} of {length} bytes at {offset}: {error}{}", said(.message))]
+    #[error("the server refused {command} of {length} bytes at {offset}: {error}{}{}", place(.at), said(.message))]
     Refused {
         /// What was asked.
         command: Command,
@@ -50,6 +50,8 @@ pub enum ClientError {
         error: Errno,
         /// What the server said.
         message: String,
+        /// Where in the export it failed, in bytes, if the server said so.
+        at: Option<u64>,
     },
     /// The request cannot be sent to this server.
     #[error("{command} of {length} bytes at {offset} is not possible: {why}")]
@@ -73,6 +75,10 @@ impl ClientError {
     pub fn is_closed(&self) -> bool {
         matches!(self, ClientError::Closed { .. })
     }
+}
+
+fn place(offset: &Option<u64>) -> String {
+    offset.map_or(String::new(), |offset| format!(" at {offset}"))
 }
 
 fn said(message: &str) -> String {

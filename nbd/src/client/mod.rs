@@ -7,6 +7,7 @@
 mod connect;
 mod driver;
 mod error;
+mod reconnect;
 
 use std::sync::Arc;
 
@@ -15,16 +16,17 @@ use futures::{StreamExt, TryStreamExt, stream};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
-use self::connect::outcome;
 use self::driver::{Driver, Fate, Message};
-use crate::export::Extent;
+use self::reconnect::{Dial, Redial};
+use crate::export::{Extent, ZeroMode};
 use crate::limits::{CLIENT_LONGEST_PIECE, CLIENT_PIECES_IN_FLIGHT, CLIENT_QUEUE, MAX_PAYLOAD};
-use crate::proto::client::{Goal, Operation, Outcome, Plan, Reply, Session};
+use crate::proto::client::{Operation, Reply, Session};
 use crate::uri::NbdUri;
-use crate::wire::{Command, TransmissionFlags};
+use crate::wire::{Command, Framing, TransmissionFlags};
 
 pub use self::connect::{ConnectOptions, describe, list, negotiate};
 pub use self::error::ClientError;
+pub use self::reconnect::Reconnect;
 /// What was negotiated for a connection.
 pub use crate::proto::client::Negotiated as ClientInfo;
 
@@ -61,17 +63,46 @@ impl Client {
     /// Connects to a server and enters the transmission phase of an export.
     ///
     /// # Errors
-    /// [`ClientError`]: nobody there, not an NBD server, no such export, TLS asked for, or out of time.
+    /// [`ClientError`]: nobody there, not an NBD server, no such export, TLS asked for, or out of time. The first
+    /// connection is tried once, also where [`ConnectOptions::reconnect`] is set.
     pub async fn connect(uri: &NbdUri, options: &ConnectOptions) -> Result<Client, ClientError> {
         if uri.tls {
             return Err(ClientError::Tls);
         }
-        let stream = connect::connect(&uri.address, options.time).await?;
-        Client::handshake(stream, &uri.export, options).await
+        let (address, time) = (uri.address.clone(), options.time);
+        let dial = move || {
+            let address = address.clone();
+            async move { connect::connect(&address, time).await }
+        };
+        Client::dialled(dial, &uri.export, options).await
+    }
+
+    /// Enters the transmission phase of an export over what `dial` connects to, which is called again to reconnect.
+    ///
+    /// # Errors
+    /// [`ClientError`]: no connection, not an NBD server, no such export, or out of time.
+    pub async fn dialled<S, D, F>(mut dial: D, export: &str, options: &ConnectOptions) -> Result<Client, ClientError>
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        D: FnMut() -> F + Send + 'static,
+        F: Future<Output = Result<S, ClientError>> + Send + 'static,
+    {
+        let (name, wishes) = (export.to_owned(), options.clone());
+        let mut dial: Dial<S> = Box::new(move || {
+            let (dialling, name, wishes) = (dial(), name.clone(), wishes.clone());
+            Box::pin(async move {
+                let mut stream = dialling.await?;
+                let negotiated = connect::enter(&mut stream, &name, &wishes).await?;
+                Ok((stream, negotiated))
+            })
+        });
+        let (stream, info) = dial().await?;
+        let redial = options.reconnect.clone().map(|policy| Redial { dial, policy, first: info.clone() });
+        Ok(Client::start(stream, info, redial))
     }
 
     /// Enters the transmission phase of an export over a stream on which the server has sent nothing that was read.
-    /// The connection's task is spawned on the current runtime.
+    /// The connection's task is spawned on the current runtime. There is nowhere to reconnect to.
     ///
     /// # Errors
     /// [`ClientError`]: the stream failed, not an NBD server, no such export, or out of time.
@@ -79,19 +110,20 @@ impl Client {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let plan = Plan {
-            goal: Goal::Transmission,
-            export: export.to_owned(),
-            structured: options.structured || !options.contexts.is_empty(),
-            contexts: options.contexts.clone(),
-        };
-        let Outcome::Export(info) = outcome(&mut stream, plan, options.time).await? else {
-            return Err(ClientError::Closed { reason: "the handshake came to a list instead of an export".into() });
-        };
+        let info = connect::enter(&mut stream, export, options).await?;
+        Ok(Client::start(stream, info, None))
+    }
+
+    fn start<S>(stream: S, info: ClientInfo, redial: Option<Redial<S>>) -> Client
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let (sender, receiver) = mpsc::channel(CLIENT_QUEUE);
         let fate = Arc::new(Fate::default());
-        tokio::spawn(Driver::new(stream, Session::new(&info), receiver, fate.clone()).run());
-        Ok(Client { info: Arc::new(info), messages: sender, fate })
+        let session = Session::new(&info);
+        let session = if redial.is_some() { session.resending() } else { session };
+        tokio::spawn(Driver::new(stream, session, receiver, fate.clone(), redial).run());
+        Client { info: Arc::new(info), messages: sender, fate }
     }
 
     /// What was negotiated.
@@ -111,10 +143,10 @@ impl Client {
         }
         let longest = self.info.longest_request();
         if length <= longest as usize {
-            return self.read_piece(offset, length as u32).await;
+            return self.read_piece(offset, length as u64).await;
         }
         let mut whole = BytesMut::with_capacity(length);
-        let mut replies = stream::iter(pieces(offset, length as u64, longest))
+        let mut replies = stream::iter(pieces(offset, length as u64, longest.into()))
             .map(|(offset, length)| self.read_piece(offset, length))
             .buffered(CLIENT_PIECES_IN_FLIGHT);
         while let Some(piece) = replies.try_next().await? {
@@ -123,7 +155,9 @@ impl Client {
         Ok(whole.freeze())
     }
 
-    async fn read_piece(&self, offset: u64, length: u32) -> Result<Bytes, ClientError> {
+    /// `length` is one request's at most.
+    async fn read_piece(&self, offset: u64, length: u64) -> Result<Bytes, ClientError> {
+        let length = length as u32;
         match self.request(Operation::Read { offset, length }).await? {
             Reply::Data(data) => Ok(data),
             _ => Err(self.fate.error()),
@@ -141,7 +175,7 @@ impl Client {
         if !data.is_empty() && data.len() <= longest as usize {
             self.request(Operation::Write { offset, data, fua: fua && !after }).await?;
         } else {
-            self.each(pieces(offset, data.len() as u64, longest), |at, length| {
+            self.each(pieces(offset, data.len() as u64, longest.into()), |at, length| {
                 let start = (at - offset) as usize;
                 let data = data.slice(start..start + length as usize);
                 Operation::Write { offset: at, data, fua: fua && !after }
@@ -173,21 +207,25 @@ impl Client {
         let after = fua && !self.has(TransmissionFlags::SEND_FUA);
         let fua = fua && !after;
         let trim = |offset, length| Operation::Trim { offset, length, fua };
-        self.each(pieces(offset, length, CLIENT_LONGEST_PIECE), trim).await?;
+        self.each(pieces(offset, length, self.longest_range()), trim).await?;
         self.flush_if(after).await
     }
 
-    /// Makes a range read as zeroes; with `no_hole` it stays allocated.
+    /// Makes a range read as zeroes, as `mode` says.
     ///
     /// # Errors
-    /// [`ClientError`], also where the server has no WRITE_ZEROES.
-    pub async fn write_zeroes(&self, offset: u64, length: u64, no_hole: bool, fua: bool) -> Result<(), ClientError> {
+    /// [`ClientError`], also where the server has no WRITE_ZEROES, or no FAST_ZERO and `mode` asks for it. Where zeroing
+    /// would not be fast, the server refuses [`ZeroMode::fast`] with ENOTSUP.
+    pub async fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode, fua: bool) -> Result<(), ClientError> {
         self.check_change(Command::WRITE_ZEROES, offset, length)?;
         self.need(TransmissionFlags::SEND_WRITE_ZEROES, Command::WRITE_ZEROES, offset, length)?;
+        if mode.fast {
+            self.need(TransmissionFlags::SEND_FAST_ZERO, Command::WRITE_ZEROES, offset, length)?;
+        }
         let after = fua && !self.has(TransmissionFlags::SEND_FUA);
         let fua = fua && !after;
-        let zero = |offset, length| Operation::WriteZeroes { offset, length, no_hole, fua };
-        self.each(pieces(offset, length, CLIENT_LONGEST_PIECE), zero).await?;
+        let zero = |offset, length| Operation::WriteZeroes { offset, length, mode, fua };
+        self.each(pieces(offset, length, self.longest_range()), zero).await?;
         self.flush_if(after).await
     }
 
@@ -199,7 +237,10 @@ impl Client {
         self.check(Command::CACHE, offset, length)?;
         self.need(TransmissionFlags::SEND_CACHE, Command::CACHE, offset, length)?;
         let cache = |offset, length| Operation::Cache { offset, length };
-        self.each(pieces(offset, length, self.info.longest_request()), cache).await
+        // Without 64-bit lengths, the server may be one that fetches what it is asked for into one buffer.
+        let extended = self.info.framing == Framing::Extended;
+        let longest = if extended { u64::MAX } else { self.info.longest_request().into() };
+        self.each(pieces(offset, length, longest), cache).await
     }
 
     /// The extents of a meta context from `offset` on. The answer has at least one extent and goes no further than
@@ -214,8 +255,10 @@ impl Client {
         if length == 0 {
             return Err(impossible(Command::BLOCK_STATUS, offset, length, "there is no status of an empty range"));
         }
-        let length = length.min(CLIENT_LONGEST_PIECE.into()) as u32;
-        let found = match self.request(Operation::BlockStatus { offset, length }).await? {
+        let length = length.min(self.longest_range());
+        let one_of_many = self.info.contexts.len() > 1 && self.has(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+        let contexts = if one_of_many { vec![id] } else { Vec::new() };
+        let found = match self.request(Operation::BlockStatus { offset, length, contexts }).await? {
             Reply::Status(contexts) => contexts.into_iter().find(|found| found.id == id),
             _ => None,
         };
@@ -243,6 +286,11 @@ impl Client {
     /// Whether the connection has ended.
     pub fn is_closed(&self) -> bool {
         self.fate.closed.is_cancelled()
+    }
+
+    /// Longest TRIM, WRITE_ZEROES or BLOCK_STATUS that is sent as one request, in bytes.
+    fn longest_range(&self) -> u64 {
+        if self.info.framing == Framing::Extended { u64::MAX } else { CLIENT_LONGEST_PIECE }
     }
 
     fn has(&self, flag: TransmissionFlags) -> bool {
@@ -279,8 +327,8 @@ impl Client {
     /// Sends one request for each piece, a few at a time.
     async fn each(
         &self,
-        pieces: impl Iterator<Item = (u64, u32)>,
-        operation: impl Fn(u64, u32) -> Operation,
+        pieces: impl Iterator<Item = (u64, u64)>,
+        operation: impl Fn(u64, u64) -> Operation,
     ) -> Result<(), ClientError> {
         stream::iter(pieces)
             .map(|(offset, length)| self.request(operation(offset, length)))
@@ -290,7 +338,7 @@ impl Client {
     }
 
     async fn request(&self, operation: Operation) -> Result<Reply, ClientError> {
-        let request = operation.request(0);
+        let ((command, offset), length) = (operation.place(), operation.length());
         let (sender, receiver) = oneshot::channel();
         let sent = self.messages.send(Message::Request(operation, sender)).await;
         if sent.is_err() {
@@ -299,11 +347,12 @@ impl Client {
         match receiver.await {
             Ok(Ok(Ok(reply))) => Ok(reply),
             Ok(Ok(Err(refusal))) => Err(ClientError::Refused {
-                command: request.command,
-                offset: request.offset,
-                length: request.length.into(),
+                command,
+                offset,
+                length,
                 error: refusal.error,
                 message: refusal.message,
+                at: refusal.offset,
             }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(self.fate.error()),
@@ -316,7 +365,12 @@ fn impossible(command: Command, offset: u64, length: u64, why: &'static str) -> 
 }
 
 /// Cuts a range into pieces of at most `longest` bytes.
-fn pieces(offset: u64, length: u64, longest: u32) -> impl Iterator<Item = (u64, u32)> {
+fn pieces(offset: u64, length: u64, longest: u64) -> impl Iterator<Item = (u64, u64)> {
     let end = offset + length;
-    (offset..end).step_by(longest as usize).map(move |at| (at, (end - at).min(longest.into()) as u32))
+    let mut at = offset;
+    std::iter::from_fn(move || {
+        let piece = (at, (end - at).min(longest));
+        at += piece.1;
+        (piece.1 > 0).then_some(piece)
+    })
 }

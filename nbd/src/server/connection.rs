@@ -8,11 +8,12 @@
 //! itself, but only up to the bounds of [`crate::limits`]; then the connection stops receiving until there is room.
 
 use std::future::poll_fn;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -20,15 +21,17 @@ use tokio::time::timeout;
 use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 
+use super::budget::Share;
 use super::flight::{Done, InFlight, Status, Work, cost};
 use super::{Draining, Ended, ServeOptions, ServerError};
 use crate::export::{Answer, Export, ReadAnswer, ZeroMode};
 use crate::limits::{
     KEPT_BUFFER, MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, MAX_STATUS_EXTENTS, OUTPUT_HIGH_WATER, RECEIVE_SPACE,
+    UNCOUNTED_BYTES,
 };
 use crate::output::Output;
 use crate::proto::server::{Entered, Incoming, Requests, Rules, check, reply};
-use crate::wire::{Command, CommandFlags, Errno, MetaContext, Request};
+use crate::wire::{Command, CommandFlags, Errno, Framing, MetaContext, Request, StatusQuery};
 
 /// What a connection still does.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,6 +54,7 @@ pub(super) struct Connection<S> {
     contexts: Vec<MetaContext>,
     in_flight: FuturesUnordered<InFlight>,
     bytes_in_flight: usize,
+    share: Share,
     phase: Phase,
     /// Set when the client has left.
     left: Option<Ended>,
@@ -60,21 +64,24 @@ pub(super) struct Connection<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
-    pub(super) fn new(stream: S, input: BytesMut, entered: Entered) -> Connection<S> {
+    pub(super) fn new(stream: S, input: BytesMut, entered: Entered, share: Share) -> Connection<S> {
         Connection {
             stream,
             input,
             output: Output::default(),
-            requests: Requests::new(),
+            requests: Requests::new(entered.framing),
             rules: Rules {
                 size: entered.info.size,
                 read_only: entered.info.read_only,
-                structured: entered.structured,
+                minimum_block: entered.info.minimum_block,
+                fast_zero: entered.info.fast_zero,
+                framing: entered.framing,
                 contexts: !entered.contexts.is_empty(),
             },
             contexts: entered.contexts,
             in_flight: FuturesUnordered::new(),
             bytes_in_flight: 0,
+            share,
             phase: Phase::Serving,
             left: None,
             status_buffer: Vec::new(),
@@ -120,19 +127,21 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServerError>> {
         let phase = self.phase;
         loop {
-            let more = if self.phase == Phase::Finishing { false } else { self.take_requests()? };
+            let more = if self.phase == Phase::Finishing { false } else { self.take_requests(cx)? };
             while let Poll::Ready(Some((request, done))) = self.in_flight.poll_next_unpin(cx) {
                 self.finish(&request, done);
             }
             let sent = self.output.poll_send(&mut self.stream, cx)?;
+            let (requests, bytes) = self.held();
+            self.share.hold(requests, bytes);
             if self.phase != phase || self.is_finished() {
                 return Poll::Ready(Ok(()));
             }
             if more {
-                if self.has_room() {
+                if self.has_room(cx) {
                     continue;
                 }
-                // Woken when a request in flight ends or the peer takes replies.
+                // Woken when a request in flight ends, the peer takes replies, or other connections give room.
                 return Poll::Pending;
             }
             if self.phase == Phase::Finishing {
@@ -157,10 +166,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
         }
     }
 
-    fn has_room(&self) -> bool {
-        self.output.len() < OUTPUT_HIGH_WATER
-            && self.in_flight.len() < MAX_REQUESTS_IN_FLIGHT
-            && self.bytes_in_flight < MAX_BYTES_IN_FLIGHT
+    fn has_room(&self, cx: &Context<'_>) -> bool {
+        if self.output.len() >= OUTPUT_HIGH_WATER
+            || self.in_flight.len() >= MAX_REQUESTS_IN_FLIGHT
+            || self.bytes_in_flight >= MAX_BYTES_IN_FLIGHT
+        {
+            return false;
+        }
+        match self.held() {
+            (0, 0) => true,
+            (requests, bytes) => self.share.has_room(requests, bytes, cx),
+        }
+    }
+
+    /// What counts against the server's budget: requests in flight, and bytes held for them and for their replies.
+    fn held(&self) -> (usize, usize) {
+        let bytes = self.bytes_in_flight + self.output.len() + self.input.len();
+        if self.in_flight.is_empty() && bytes <= UNCOUNTED_BYTES { (0, 0) } else { (self.in_flight.len(), bytes) }
     }
 
     /// Space to receive what is missing of the next request, or many small ones.
@@ -176,12 +198,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
     }
 
     /// Answers or begins all requests that have arrived. `true` when it stopped for want of room.
-    fn take_requests(&mut self) -> Result<bool, ServerError> {
+    fn take_requests(&mut self, cx: &Context<'_>) -> Result<bool, ServerError> {
         loop {
             if self.input.is_empty() {
                 return Ok(false);
             }
-            if !self.has_room() {
+            if !self.has_room(cx) {
                 return Ok(true);
             }
             let Some(incoming) = self.requests.next(&mut self.input)? else { return Ok(false) };
@@ -195,34 +217,42 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
     }
 
     fn take(&mut self, incoming: Incoming) {
-        let Incoming { request, payload } = incoming;
+        let Incoming { mut request, payload } = incoming;
+        let mut wanted = None;
+        if request.command == Command::BLOCK_STATUS && self.rules.framing == Framing::Extended {
+            match contexts_wanted(&mut request, &payload) {
+                Ok(contexts) => wanted = contexts,
+                Err(error) => return self.answer(&request, Err(error)),
+            }
+        }
         let refused = match self.phase {
             Phase::Serving => check(&request, &self.rules).err(),
             _ => Some(Errno::ESHUTDOWN),
         };
         if let Some(error) = refused {
-            return self.answer_error(&request, error);
+            return self.answer(&request, Err(error));
         }
         let fua = request.flags.contains(CommandFlags::FUA);
-        let (offset, length) = (request.offset, u64::from(request.length));
+        let (offset, length) = (request.offset, request.length);
         let answer = match request.command {
             Command::READ => return self.read(&request),
             Command::FLUSH => self.export.flush(),
-            Command::BLOCK_STATUS => return self.block_status(&request),
+            Command::BLOCK_STATUS => return self.block_status(&request, wanted),
             // Nothing to do, but with FUA there is still nothing to wait for.
             _ if length == 0 => Answer::Now(Ok(())),
             Command::WRITE => self.export.write(offset, payload, fua),
             Command::TRIM => self.export.trim(offset, length, fua),
             Command::WRITE_ZEROES => {
-                let mode = ZeroMode { no_hole: request.flags.contains(CommandFlags::NO_HOLE) };
-                self.export.write_zeroes(offset, length, mode, fua)
+                let no_hole = request.flags.contains(CommandFlags::NO_HOLE);
+                let fast = request.flags.contains(CommandFlags::FAST_ZERO);
+                self.export.write_zeroes(offset, length, ZeroMode { no_hole, fast }, fua)
             }
             Command::CACHE => self.export.cache(offset, length),
             // check() lets no other command through.
             _ => Answer::Now(Err(Errno::EINVAL)),
         };
         match answer {
-            Answer::Now(result) => self.output.extend(&reply::finished(request.cookie, result)),
+            Answer::Now(result) => self.answer(&request, result),
             Answer::Later(work) => self.begin(request, Work::Plain(work)),
         }
     }
@@ -233,8 +263,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
     }
 
     fn read(&mut self, request: &Request) {
-        let structured = self.rules.structured;
-        let head = reply::read_head_length(structured, request.length);
+        let framing = self.rules.framing;
+        let head = reply::read_head_length(framing, request.length);
+        // check() lets no longer one through than a payload may be.
         let total = head + request.length as usize;
         let space = self.output.reserve(total);
         let answer = match request.length {
@@ -242,24 +273,61 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             _ => self.export.read(request.offset, &mut space[head..]),
         };
         match answer {
-            ReadAnswer::Now(Ok(())) => {
-                let done = reply::read_done(structured, request.cookie, request.offset, request.length);
-                space[..head].copy_from_slice(&done);
+            ReadAnswer::Now(Err(error)) => self.answer(request, Err(error)),
+            ReadAnswer::Later(work) => self.begin(*request, Work::Read(work)),
+            ReadAnswer::Sparse(holes) if framing.has_chunks() && !request.flags.contains(CommandFlags::DF) => {
+                self.read_sparse(request, head, &holes);
+            }
+            ReadAnswer::Now(Ok(())) | ReadAnswer::Sparse(_) => {
+                space[..head].copy_from_slice(&reply::read_done(framing, request));
                 self.output.commit(total);
             }
-            ReadAnswer::Now(Err(error)) => self.answer_error(request, error),
-            ReadAnswer::Later(work) => self.begin(*request, Work::Read(work)),
         }
     }
 
-    fn block_status(&mut self, request: &Request) {
+    /// Answers a READ in pieces; its data stands in the output buffer behind `head` bytes, not queued.
+    fn read_sparse(&mut self, request: &Request, head: usize, holes: &[Range<usize>]) {
+        let framing = self.rules.framing;
+        let length = request.length as usize;
+        let data = match holes {
+            [all] if all.len() == length => Bytes::new(),
+            _ => Bytes::copy_from_slice(&self.output.reserve(head + length)[head..]),
+        };
+        let mut at = 0;
+        let end = length..length;
+        for hole in holes.iter().chain([&end]) {
+            let (start, stop) = (hole.start.clamp(at, length), hole.end.clamp(at, length));
+            if start > at {
+                let offset = request.offset + at as u64;
+                let piece = data.slice(at..start);
+                self.output.extend(&reply::read_data(framing, request, offset, piece.len() as u32, start == length));
+                self.output.push(piece);
+            }
+            if stop > start {
+                let (offset, zeroes) = (request.offset + start as u64, (stop - start) as u32);
+                self.output.extend(&reply::read_hole(framing, request, offset, zeroes, stop == length));
+            }
+            at = stop.max(start);
+        }
+    }
+
+    /// `wanted` are the ids of the contexts that the client wants to hear of, if it said so.
+    fn block_status(&mut self, request: &Request, wanted: Option<Vec<u32>>) {
+        if let Some(wanted) = &wanted {
+            let known = |id: &u32| self.contexts.iter().any(|context| context.id == *id);
+            let twice = wanted.iter().enumerate().any(|(index, id)| wanted[..index].contains(id));
+            if twice || wanted.is_empty() || !wanted.iter().all(known) {
+                return self.answer(request, Err(Errno::EINVAL));
+            }
+        }
         let one = request.flags.contains(CommandFlags::REQ_ONE);
         let most = if one { 1 } else { MAX_STATUS_EXTENTS };
         let ask = |context: &MetaContext| {
-            let length = request.length.into();
-            (context.id, self.export.block_status(&context.name, request.offset, length, most))
+            let extents = self.export.block_status(&context.name, request.offset, request.length, most);
+            (context.id, extents)
         };
-        let answers: Vec<_> = self.contexts.iter().map(ask).collect();
+        let chosen = |context: &&MetaContext| wanted.as_ref().is_none_or(|wanted| wanted.contains(&context.id));
+        let answers: Vec<_> = self.contexts.iter().filter(chosen).map(ask).collect();
         if answers.iter().any(|(_, answer)| matches!(answer, Answer::Later(_))) {
             let work = Box::pin(async move {
                 let mut status = Status::new();
@@ -289,10 +357,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
     fn finish(&mut self, request: &Request, done: Done) {
         self.bytes_in_flight -= cost(request);
         match done {
-            Done::Plain(result) => self.output.extend(&reply::finished(request.cookie, result)),
-            Done::Read(Ok(data)) if data.len() == request.length as usize => {
-                let structured = self.rules.structured;
-                self.output.extend(&reply::read_done(structured, request.cookie, request.offset, request.length));
+            Done::Plain(result) => self.answer(request, result),
+            Done::Read(Ok(data)) if data.len() as u64 == request.length => {
+                self.output.extend(&reply::read_done(self.rules.framing, request));
                 self.output.push(data);
             }
             Done::Read(Ok(data)) => {
@@ -301,29 +368,37 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
                     got = data.len(),
                     "an export answered a read of another length"
                 );
-                self.answer_error(request, Errno::EIO);
+                self.answer(request, Err(Errno::EIO));
             }
-            Done::Read(Err(error)) => self.answer_error(request, error),
+            Done::Read(Err(error)) => self.answer(request, Err(error)),
             Done::Status(status) => self.answer_status(request, status),
         }
     }
 
     fn answer_status(&mut self, request: &Request, status: Result<Status, Errno>) {
         let one = request.flags.contains(CommandFlags::REQ_ONE);
-        let encoded = status
-            .and_then(|status| reply::status(request.cookie, request.length, one, &status, &mut self.status_buffer));
+        let framing = self.rules.framing;
+        let encoded =
+            status.and_then(|status| reply::status(framing, request, one, &status, &mut self.status_buffer));
         match encoded {
             Ok(()) => self.output.extend(&self.status_buffer),
-            Err(error) => self.answer_error(request, error),
+            Err(error) => self.answer(request, Err(error)),
         }
     }
 
-    /// The negative answer to any request, in the form that its command and the negotiation ask for.
-    fn answer_error(&mut self, request: &Request, error: Errno) {
-        let head = match request.command {
-            Command::READ | Command::BLOCK_STATUS => reply::failed(self.rules.structured, request.cookie, error),
-            _ => reply::finished(request.cookie, Err(error)),
-        };
-        self.output.extend(&head);
+    /// The answer to any request that has failed, or has no data in its answer.
+    fn answer(&mut self, request: &Request, result: Result<(), Errno>) {
+        self.output.extend(&reply::finished(self.rules.framing, request, result));
     }
+}
+
+/// Takes the payload of a BLOCK_STATUS, if it has one: the request gets the length of its range, and the ids of the
+/// contexts that it is about are given back.
+fn contexts_wanted(request: &mut Request, payload: &[u8]) -> Result<Option<Vec<u32>>, Errno> {
+    if !request.flags.contains(CommandFlags::PAYLOAD_LEN) {
+        return Ok(None);
+    }
+    let query = StatusQuery::decode(payload).map_err(|_| Errno::EINVAL)?;
+    request.length = query.length;
+    Ok(Some(query.contexts))
 }

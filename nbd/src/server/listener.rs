@@ -15,7 +15,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{ServeOptions, serve_connection};
+use super::{ServeOptions, serve_admitted};
 use crate::address::Address;
 use crate::export::Exports;
 use crate::socket::{tune_tcp, tune_unix};
@@ -112,17 +112,18 @@ impl Listener {
         let tracker = TaskTracker::new();
         let options = Arc::new(options);
         let slots = Arc::new(Semaphore::new(options.max_connections));
+        let half_open = Arc::new(Semaphore::new(options.max_handshakes));
         loop {
             let accepted = tokio::select! {
                 biased;
                 () = shutdown.cancelled() => break,
                 accepted = async {
                     // The semaphore is never closed.
-                    let slot = slots.clone().acquire_owned().await.map_err(io::Error::other)?;
-                    self.accept().await.map(|stream| (slot, stream))
+                    let place = half_open.clone().acquire_owned().await.map_err(io::Error::other)?;
+                    self.accept().await.map(|stream| (place, stream))
                 } => accepted,
             };
-            let (slot, stream) = match accepted {
+            let (place, stream) = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     tracing::warn!(address = %self.address, %error, "a client could not be accepted");
@@ -133,13 +134,18 @@ impl Listener {
                 }
             };
             let (exports, options, shutdown) = (exports.clone(), options.clone(), shutdown.clone());
+            let slots = slots.clone();
             let address = self.address.clone();
             tracker.spawn(async move {
-                if let Err(error) = serve_connection(stream, exports, &options, shutdown).await {
+                let admission = async move {
+                    let slot = slots.acquire_owned().await;
+                    drop(place);
+                    slot
+                };
+                if let Err(error) = serve_admitted(stream, exports, &options, shutdown, admission).await {
                     let cause = std::error::Error::source(&error).map(ToString::to_string);
                     tracing::info!(%address, %error, cause, "a client was hung up on");
                 }
-                drop(slot);
             });
         }
         // New clients are refused from here on, while the old ones finish.
@@ -168,7 +174,6 @@ impl Listener {
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
-/// Binds with mode 0600 from the first moment: on Linux the new path takes the mode of the unbound socket.
 /// Binds a Unix socket as [`Listener::bind`] does; the path goes when the second value is dropped.
 ///
 /// # Errors
@@ -189,6 +194,7 @@ pub async fn bind_owned_unix(path: &Path) -> Result<(UnixListener, UnixPath), Li
     Ok((listener, UnixPath { inode: inode(path), path: path.into() }))
 }
 
+// The mode is 0600 from the first moment: on Linux the new path takes the mode of the unbound socket.
 fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;

@@ -4,6 +4,7 @@
 //! on an address and ends in order. How one connection works is told
 //! in `connection.rs`.
 
+mod budget;
 mod connection;
 mod flight;
 pub mod listener;
@@ -14,15 +15,17 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use self::budget::Share;
 use self::connection::Connection;
 use crate::export::Exports;
-use crate::limits::{DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS};
+use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES};
 use crate::proto::server::{Entered, Handshake, HandshakeError, Step};
 use crate::wire::WireError;
 
+pub use budget::Budget;
 pub use listener::{ListenError, Listener};
 
 /// What happens to requests that arrive while a connection is being shut down. Requests in flight are finished in
@@ -46,8 +49,12 @@ pub struct ServeOptions {
     pub drain_time: Duration,
     /// What happens to new requests in that time.
     pub draining: Draining,
-    /// Connections of one listener at a time.
+    /// Connections of one listener in the transmission phase at a time.
     pub max_connections: usize,
+    /// Connections of one listener in the handshake at a time.
+    pub max_handshakes: usize,
+    /// What all connections with a clone of these options may have in flight together.
+    pub budget: Arc<Budget>,
 }
 
 impl Default for ServeOptions {
@@ -57,6 +64,8 @@ impl Default for ServeOptions {
             drain_time: DRAIN_TIME,
             draining: Draining::default(),
             max_connections: MAX_CONNECTIONS,
+            max_handshakes: MAX_HANDSHAKES,
+            budget: Arc::default(),
         }
     }
 }
@@ -97,7 +106,7 @@ pub enum ServerError {
 /// [`ServerError`]: the stream failed, or the client did not keep to the protocol. Failed requests are not errors: they
 /// are answered, and the connection goes on.
 pub async fn serve_connection<S>(
-    mut stream: S,
+    stream: S,
     exports: Arc<dyn Exports>,
     options: &ServeOptions,
     shutdown: CancellationToken,
@@ -105,36 +114,58 @@ pub async fn serve_connection<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
+    serve_admitted(stream, exports, options, shutdown, async {}).await
+}
+
+/// As [`serve_connection`]; the client enters transmission when `admission` is ready, whose value is kept to its end.
+async fn serve_admitted<S, A>(
+    mut stream: S,
+    exports: Arc<dyn Exports>,
+    options: &ServeOptions,
+    shutdown: CancellationToken,
+    admission: A,
+) -> Result<Ended, ServerError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+    A: Future,
+{
     let mut input = BytesMut::new();
+    let negotiating = handshake(&mut stream, exports.as_ref(), &mut input, &shutdown, admission);
+    let out_of_time = async {
+        tokio::select! {
+            () = sleep(options.handshake_time) => Err(ServerError::HandshakeTime(options.handshake_time)),
+            () = async { shutdown.cancelled().await; sleep(HANDSHAKE_DRAIN_TIME).await } => Ok(None),
+        }
+    };
     let entered = tokio::select! {
         biased;
-        () = shutdown.cancelled() => return Ok(Ended::ShutDown),
-        entered = timeout(options.handshake_time, handshake(&mut stream, exports.as_ref(), &mut input)) => entered,
+        entered = negotiating => entered?,
+        end = out_of_time => end?,
     };
-    let entered = match entered {
-        Ok(entered) => entered?,
-        Err(_) => return Err(ServerError::HandshakeTime(options.handshake_time)),
-    };
-    let Some(entered) = entered else {
+    let Some((entered, _admission)) = entered else {
         // The peer may be gone already.
         let _ = timeout(options.drain_time, stream.shutdown()).await;
-        return Ok(Ended::DuringHandshake);
+        return Ok(if shutdown.is_cancelled() { Ended::ShutDown } else { Ended::DuringHandshake });
     };
     let name = entered.name.clone();
-    tracing::debug!(export = name, "a client has entered transmission");
-    let ended = Connection::new(stream, input, entered).run(options, shutdown).await;
+    tracing::debug!(export = name, framing = ?entered.framing, "a client has entered transmission");
+    let share = Share::of(options.budget.clone());
+    let ended = Connection::new(stream, input, entered, share).run(options, shutdown).await;
     tracing::debug!(export = name, ?ended, "a client has left");
     ended
 }
 
-/// `None` when the client left.
-async fn handshake<S>(
+/// `None` when the client left. After `shutdown`, its options are refused.
+async fn handshake<S, A>(
     stream: &mut S,
     exports: &dyn Exports,
     input: &mut BytesMut,
-) -> Result<Option<Entered>, ServerError>
+    shutdown: &CancellationToken,
+    admission: A,
+) -> Result<Option<(Entered, A::Output)>, ServerError>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
+    A: Future,
 {
     let mut out = BytesMut::new();
     let mut handshake = Handshake::new(&mut out);
@@ -143,17 +174,26 @@ where
             stream.write_all_buf(&mut out).await?;
             stream.flush().await?;
         }
+        if shutdown.is_cancelled() {
+            handshake.shut_down();
+        }
         match handshake.advance(input, exports, &mut out)? {
             Step::NeedMore => {
-                if stream.read_buf(input).await? == 0 {
+                let received = tokio::select! {
+                    received = stream.read_buf(input) => received?,
+                    // Once is enough: what comes after it is refused.
+                    () = shutdown.cancelled(), if !handshake.is_shutting_down() => continue,
+                };
+                if received == 0 {
                     return Ok(None);
                 }
             }
             Step::Answered => {}
             Step::Enter(entered) => {
+                let admitted = admission.await;
                 stream.write_all_buf(&mut out).await?;
                 stream.flush().await?;
-                return Ok(Some(entered));
+                return Ok(Some((entered, admitted)));
             }
             Step::Aborted => {
                 // A client that leaves need not wait for the answer.

@@ -105,8 +105,8 @@ pub use option::{
     ExportRequest, Info, InfoType, MetaContext, MetaQuery, OptionCode, OptionHeader, OptionReply, OptionReplyHeader,
     ServerEntry,
 };
-pub use reply::{ChunkHeader, ChunkType, ErrorChunk, SimpleReply};
-pub use request::{Command, Request};
+pub use reply::{ChunkHeader, ChunkType, ErrorChunk, ExtendedChunkHeader, SimpleReply};
+pub use request::{Command, Request, RequestHead, StatusQuery};
 
 /// First eight bytes of every server's greeting: `NBDMAGIC`.
 pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
@@ -118,16 +118,44 @@ pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Begins every request.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Begins every request with extended headers.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 /// Begins a simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 /// Begins a chunk of a structured reply.
 pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
+/// Begins every chunk of a reply with extended headers.
+pub const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 /// Longest string (export name, context name, text) in bytes.
 pub const MAX_STRING: usize = 4096;
 /// Zero bytes after the reply to EXPORT_NAME, unless both sides set NO_ZEROES.
 pub const EXPORT_NAME_PADDING: usize = 124;
 /// The meta context that says what is allocated and what reads as zeroes.
 pub const BASE_ALLOCATION: &str = "base:allocation";
+
+/// The form of requests and replies in the transmission phase (document: "Transmission"). Later ones can do more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Framing {
+    /// Compact requests and simple replies only.
+    #[default]
+    Simple,
+    /// Compact requests; a READ and a BLOCK_STATUS are answered in chunks (STRUCTURED_REPLY).
+    Structured,
+    /// Requests with 64-bit lengths; everything is answered in chunks (EXTENDED_HEADERS).
+    Extended,
+}
+
+impl Framing {
+    /// Whether replies may come in chunks.
+    pub fn has_chunks(self) -> bool {
+        self >= Framing::Structured
+    }
+
+    /// Length of a request's head in bytes.
+    pub fn request_length(self) -> usize {
+        if self == Framing::Extended { Request::EXTENDED_LENGTH } else { Request::LENGTH }
+    }
+}
 
 /// Why bytes are not the message that was expected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

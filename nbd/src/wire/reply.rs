@@ -1,6 +1,7 @@
-//! Replies of the transmission phase (document: "Simple reply message", "Structured reply chunk message").
+//! Replies of the transmission phase (document: "Simple reply message", "Structured reply chunk message", "Extended
+//! reply chunk message").
 
-use super::{CHUNK_MAGIC, ChunkFlags, Errno, Fields, SIMPLE_REPLY_MAGIC, WireError};
+use super::{CHUNK_MAGIC, ChunkFlags, EXTENDED_CHUNK_MAGIC, Errno, Fields, SIMPLE_REPLY_MAGIC, WireError, option::shortened};
 
 /// A simple reply; after a successful READ without structured replies the data follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +109,55 @@ impl ChunkHeader {
     }
 }
 
+/// The head of a chunk with extended headers; `length` bytes of payload follow it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExtendedChunkHeader {
+    /// Flags.
+    pub flags: ChunkFlags,
+    /// What the payload is.
+    pub kind: ChunkType,
+    /// The request's cookie.
+    pub cookie: u64,
+    /// The request's offset, whatever the chunk is about.
+    pub offset: u64,
+    /// Length of the payload in bytes.
+    pub length: u64,
+}
+
+impl ExtendedChunkHeader {
+    /// Length in bytes.
+    pub const LENGTH: usize = 32;
+
+    /// The head as it stands on the wire.
+    pub fn encode(&self) -> [u8; ExtendedChunkHeader::LENGTH] {
+        let mut bytes = [0; ExtendedChunkHeader::LENGTH];
+        bytes[0..4].copy_from_slice(&EXTENDED_CHUNK_MAGIC.to_be_bytes());
+        bytes[4..6].copy_from_slice(&self.flags.0.to_be_bytes());
+        bytes[6..8].copy_from_slice(&self.kind.0.to_be_bytes());
+        bytes[8..16].copy_from_slice(&self.cookie.to_be_bytes());
+        bytes[16..24].copy_from_slice(&self.offset.to_be_bytes());
+        bytes[24..32].copy_from_slice(&self.length.to_be_bytes());
+        bytes
+    }
+
+    /// Reads the head at the front of `bytes`; what follows is not looked at.
+    ///
+    /// # Errors
+    /// [`WireError::NotEnough`] or [`WireError::Magic`].
+    pub fn decode(bytes: &[u8]) -> Result<ExtendedChunkHeader, WireError> {
+        let mut fields = Fields::of(bytes);
+        let mut fields = Fields::of(fields.take(ExtendedChunkHeader::LENGTH)?);
+        fields.magic32("an extended reply chunk", EXTENDED_CHUNK_MAGIC)?;
+        Ok(ExtendedChunkHeader {
+            flags: ChunkFlags(fields.u16()?),
+            kind: ChunkType(fields.u16()?),
+            cookie: fields.u64()?,
+            offset: fields.u64()?,
+            length: fields.u64()?,
+        })
+    }
+}
+
 /// The payload of an error chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ErrorChunk {
@@ -120,9 +170,9 @@ pub struct ErrorChunk {
 }
 
 impl ErrorChunk {
-    /// Appends the payload.
+    /// Appends the payload; the text is cut to what a string may hold.
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let message = &self.message.as_bytes()[..self.message.len().min(usize::from(u16::MAX))];
+        let message = shortened(&self.message).as_bytes();
         out.extend_from_slice(&self.error.0.to_be_bytes());
         out.extend_from_slice(&(message.len() as u16).to_be_bytes());
         out.extend_from_slice(message);
@@ -159,6 +209,12 @@ mod tests {
         assert_eq!(SimpleReply::decode(&simple.encode()), Ok(simple));
         let chunk = ChunkHeader { flags: ChunkFlags::DONE, kind: ChunkType::OFFSET_HOLE, cookie: u64::MAX, length: 12 };
         assert_eq!(ChunkHeader::decode(&chunk.encode()), Ok(chunk));
+        let (flags, kind) = (ChunkFlags::NONE, ChunkType::BLOCK_STATUS_EXT);
+        let extended = ExtendedChunkHeader { flags, kind, cookie: 1, offset: 2, length: 24 };
+        let bytes = extended.encode();
+        assert_eq!(bytes[..16], [0x6e, 0x8a, 0x27, 0x8c, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 1]);
+        assert_eq!(bytes[16..], [0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 24]);
+        assert_eq!(ExtendedChunkHeader::decode(&bytes), Ok(extended));
         for (kind, offset) in [(ChunkType::ERROR, None), (ChunkType::ERROR_OFFSET, Some(9))] {
             let error = ErrorChunk { error: Errno::EIO, message: "medium".into(), offset };
             let mut bytes = Vec::new();

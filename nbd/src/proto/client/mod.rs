@@ -6,7 +6,9 @@
 
 pub mod assemble;
 pub mod negotiation;
+pub mod operation;
 pub mod session;
 
 pub use negotiation::{Goal, Negotiated, Negotiation, NegotiationError, Outcome, Plan};
-pub use session::{Completion, ContextExtents, Operation, ProtocolError, Refusal, Reply, Session};
+pub use operation::Operation;
+pub use session::{Completion, ContextExtents, ProtocolError, Refusal, Reply, Session};

@@ -1,14 +1,15 @@
 //! The client's handshake.
 //!
-//! The order is: greeting, STRUCTURED_REPLY, SET_META_CONTEXT, then GO, INFO or LIST. Each step that the server does not
-//! know is passed over; a server without GO is asked with EXPORT_NAME. Nothing is sent before the answer to the last
+//! The order is: greeting, EXTENDED_HEADERS (or STRUCTURED_REPLY where the server has them not), SET_META_CONTEXT, then
+//! GO, INFO or LIST. Each step that the server does not know is passed over; a server without GO is asked with
+//! EXPORT_NAME. Nothing is sent before the answer to the last
 //! option is here, so that no byte of the transmission phase can arrive while this runs.
 
 use bytes::{Buf, BufMut, BytesMut};
 
 use crate::limits::{MAX_OPTION_REPLIES, MAX_OPTION_REPLY};
 use crate::wire::{
-    ClientFlags, EXPORT_NAME_PADDING, ExportRequest, HandshakeFlags, INIT_MAGIC, Info, InfoType, MAX_STRING,
+    ClientFlags, EXPORT_NAME_PADDING, ExportRequest, Framing, HandshakeFlags, INIT_MAGIC, Info, InfoType, MAX_STRING,
     MetaContext, MetaQuery, OLDSTYLE_MAGIC, OPTION_MAGIC, OptionCode, OptionHeader, OptionReply, OptionReplyHeader,
     ServerEntry, TransmissionFlags, WireError,
 };
@@ -31,8 +32,9 @@ pub struct Plan {
     pub goal: Goal,
     /// Name of the export; empty for the default one.
     pub export: String,
-    /// Ask for structured replies. Meta contexts need them.
-    pub structured: bool,
+    /// The best form of requests and replies to ask for; a server without it is asked for the next best. Meta contexts
+    /// need [`Framing::Structured`] at least.
+    pub framing: Framing,
     /// The meta contexts to ask for.
     pub contexts: Vec<String>,
 }
@@ -50,8 +52,8 @@ pub struct Negotiated {
     pub preferred_block: u32,
     /// Longest READ or WRITE in bytes.
     pub maximum_block: u32,
-    /// Structured replies are in use.
-    pub structured: bool,
+    /// The form of requests and replies.
+    pub framing: Framing,
     /// The meta contexts that BLOCK_STATUS answers.
     pub contexts: Vec<MetaContext>,
     /// The name the server gave.
@@ -150,7 +152,7 @@ impl Negotiation {
                 minimum_block: 1,
                 preferred_block: 4096,
                 maximum_block: crate::limits::MAX_PAYLOAD,
-                structured: false,
+                framing: Framing::Simple,
                 contexts: Vec::new(),
                 name: None,
                 description: None,
@@ -235,8 +237,7 @@ impl Negotiation {
             Goal::Info if !fixed => return Err(NegotiationError::NotFixed("describe an export")),
             Goal::Transmission if !fixed => self.ask_export_name(out),
             Goal::List => self.ask(OptionCode::LIST, b"", out),
-            _ if self.plan.structured => self.ask(OptionCode::STRUCTURED_REPLY, b"", out),
-            _ => self.ask_for_export(out),
+            _ => self.ask_for_framing(self.plan.framing, out),
         }
         Ok(true)
     }
@@ -247,8 +248,16 @@ impl Negotiation {
         self.state = State::Option(option);
     }
 
+    fn ask_for_framing(&mut self, framing: Framing, out: &mut BytesMut) {
+        match framing {
+            Framing::Extended => self.ask(OptionCode::EXTENDED_HEADERS, b"", out),
+            Framing::Structured => self.ask(OptionCode::STRUCTURED_REPLY, b"", out),
+            Framing::Simple => self.ask_for_export(out),
+        }
+    }
+
     fn ask_for_contexts(&mut self, out: &mut BytesMut) {
-        if !self.negotiated.structured || self.plan.contexts.is_empty() {
+        if !self.negotiated.framing.has_chunks() || self.plan.contexts.is_empty() {
             return self.ask_for_export(out);
         }
         let mut data = BytesMut::new();
@@ -301,8 +310,9 @@ impl Negotiation {
             return refused.map(|()| None);
         }
         match (option, reply) {
-            (OptionCode::STRUCTURED_REPLY, OptionReply::ACK) => {
-                self.negotiated.structured = true;
+            (OptionCode::EXTENDED_HEADERS | OptionCode::STRUCTURED_REPLY, OptionReply::ACK) => {
+                let extended = option == OptionCode::EXTENDED_HEADERS;
+                self.negotiated.framing = if extended { Framing::Extended } else { Framing::Structured };
                 self.ask_for_contexts(out);
             }
             (OptionCode::SET_META_CONTEXT, OptionReply::META_CONTEXT) => self.context(MetaContext::decode(data)?)?,
@@ -337,13 +347,19 @@ impl Negotiation {
     ) -> Result<(), NegotiationError> {
         match (option, reply) {
             (_, OptionReply::ERR_TLS_REQD) => return Err(NegotiationError::TlsRequired(message)),
-            (OptionCode::STRUCTURED_REPLY, _) => self.ask_for_export(out),
+            // The document has the client leave.
+            (_, OptionReply::ERR_SHUTDOWN) => return Err(NegotiationError::Refused { option, reply, message }),
+            (OptionCode::EXTENDED_HEADERS, _) => self.ask_for_framing(Framing::Structured, out),
+            (OptionCode::STRUCTURED_REPLY, _) => self.ask_for_framing(Framing::Simple, out),
             // A server that does not know the option, or no such context; an unknown export shows at GO.
             (OptionCode::SET_META_CONTEXT, _) => {
                 self.negotiated.contexts.clear();
                 self.ask_for_export(out);
             }
-            (OptionCode::GO, OptionReply::ERR_UNSUP) => self.ask_export_name(out),
+            // Not after extended headers, which need GO.
+            (OptionCode::GO, OptionReply::ERR_UNSUP) if self.negotiated.framing != Framing::Extended => {
+                self.ask_export_name(out);
+            }
             (OptionCode::GO | OptionCode::INFO, OptionReply::ERR_UNKNOWN) => {
                 return Err(NegotiationError::NoSuchExport { name: self.plan.export.clone(), message });
             }
@@ -397,126 +413,5 @@ impl Negotiation {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn plan(goal: Goal) -> Plan {
-        Plan { goal, export: "disk".into(), structured: true, contexts: vec!["base:allocation".into()] }
-    }
-
-    /// Plays the server: each entry is what it sends next; the answer is how the negotiation ended.
-    fn play(plan: Plan, script: &[BytesMut]) -> (Result<Option<Outcome>, NegotiationError>, BytesMut) {
-        let mut negotiation = Negotiation::new(plan);
-        let mut out = BytesMut::new();
-        let mut last = Ok(None);
-        for message in script {
-            last = negotiation.advance(&mut message.clone(), &mut out);
-            if !matches!(last, Ok(None)) {
-                break;
-            }
-        }
-        (last, out)
-    }
-
-    fn greeting(flags: HandshakeFlags) -> BytesMut {
-        let mut bytes = BytesMut::new();
-        bytes.put_u64(INIT_MAGIC);
-        bytes.put_u64(OPTION_MAGIC);
-        bytes.put_u16(flags.0);
-        bytes
-    }
-
-    fn fixed() -> BytesMut {
-        greeting(HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES)
-    }
-
-    fn reply(option: OptionCode, reply: OptionReply, data: &[u8]) -> BytesMut {
-        let mut bytes = BytesMut::new();
-        OptionReplyHeader::encode(option, reply, data, &mut bytes);
-        bytes
-    }
-
-    fn info(option: OptionCode, info: Info) -> BytesMut {
-        let mut data = BytesMut::new();
-        info.encode(&mut data);
-        reply(option, OptionReply::INFO, &data)
-    }
-
-    const EXPORT: Info = Info::Export { size: 4096, flags: TransmissionFlags::HAS_FLAGS };
-
-    #[test]
-    fn a_server_without_go_is_asked_by_export_name() {
-        let mut size = BytesMut::new();
-        size.put_u64(12345);
-        size.put_u16(TransmissionFlags::HAS_FLAGS.0);
-        let script = [
-            fixed(),
-            reply(OptionCode::STRUCTURED_REPLY, OptionReply::ERR_UNSUP, b""),
-            reply(OptionCode::GO, OptionReply::ERR_UNSUP, b""),
-            size.clone(),
-        ];
-        let (outcome, _) = play(plan(Goal::Transmission), &script);
-        let Ok(Some(Outcome::Export(negotiated))) = outcome else { panic!("{outcome:?}") };
-        assert_eq!((negotiated.size, negotiated.structured), (12345, false));
-        // A newstyle server that is not fixed, with its padding.
-        size.put_bytes(0, EXPORT_NAME_PADDING);
-        let (outcome, _) = play(plan(Goal::Transmission), &[greeting(HandshakeFlags::NONE), size]);
-        assert!(matches!(outcome, Ok(Some(Outcome::Export(_)))), "{outcome:?}");
-    }
-
-    #[test]
-    fn refusals_say_what_the_server_said() {
-        let structured = reply(OptionCode::STRUCTURED_REPLY, OptionReply::ERR_UNSUP, b"");
-        let script = [fixed(), structured, reply(OptionCode::GO, OptionReply::ERR_UNKNOWN, b"try another")];
-        let error = play(plan(Goal::Transmission), &script).0.unwrap_err();
-        assert_eq!(error.to_string(), "the server has no export \"disk\" (it says: try another)");
-        let script = [fixed(), reply(OptionCode::STRUCTURED_REPLY, OptionReply::ERR_TLS_REQD, b"")];
-        let (outcome, sent) = play(plan(Goal::Transmission), &script);
-        assert_eq!(outcome, Err(NegotiationError::TlsRequired(String::new())));
-        let last = OptionHeader::decode(&sent[sent.len() - OptionHeader::LENGTH..]).unwrap();
-        assert_eq!(last.option, OptionCode::ABORT, "it takes leave");
-    }
-
-    #[test]
-    fn what_a_hostile_server_says_is_refused() {
-        let ok = || reply(OptionCode::STRUCTURED_REPLY, OptionReply::ACK, b"");
-        let no_contexts = || reply(OptionCode::SET_META_CONTEXT, OptionReply::ACK, b"");
-        let ack = || reply(OptionCode::GO, OptionReply::ACK, b"");
-        let sizes = |minimum, preferred, maximum| info(OptionCode::GO, Info::BlockSize { minimum, preferred, maximum });
-        let huge = info(OptionCode::GO, Info::Export { size: 1 << 63, flags: TransmissionFlags::NONE });
-        let mut early = ack();
-        early.put_u8(0);
-        let mut unasked = BytesMut::new();
-        MetaContext { id: 1, name: "x:y".into() }.encode(&mut unasked);
-        let go = |replies: Vec<BytesMut>| [vec![fixed(), ok(), no_contexts()], replies].concat();
-        for (what, script) in [
-            ("no size", go(vec![ack()])),
-            ("size beyond 2^63", go(vec![huge, ack()])),
-            ("minimum 0", go(vec![info(OptionCode::GO, EXPORT), sizes(0, 4096, 4096), ack()])),
-            ("minimum 3", go(vec![info(OptionCode::GO, EXPORT), sizes(3, 4096, 4096), ack()])),
-            ("preferred under minimum", go(vec![info(OptionCode::GO, EXPORT), sizes(4096, 512, 8192), ack()])),
-            ("maximum under minimum", go(vec![info(OptionCode::GO, EXPORT), sizes(4096, 4096, 1), ack()])),
-            ("bytes after the end", go(vec![info(OptionCode::GO, EXPORT), early])),
-            ("another option", go(vec![reply(OptionCode::LIST, OptionReply::ACK, b"")])),
-            ("a wrong kind", go(vec![reply(OptionCode::GO, OptionReply::SERVER, b"")])),
-            (
-                "a context not asked for",
-                vec![fixed(), ok(), reply(OptionCode::SET_META_CONTEXT, OptionReply::META_CONTEXT, &unasked)],
-            ),
-        ] {
-            let (outcome, _) = play(plan(Goal::Transmission), &script);
-            assert!(matches!(outcome, Err(NegotiationError::Broken(_))), "{what}: {outcome:?}");
-        }
-        let (outcome, _) = play(plan(Goal::List), &[BytesMut::from(&b"HTTP"[..])]);
-        assert_eq!(outcome, Err(NegotiationError::NotNbd));
-    }
-
-    #[test]
-    fn a_list_that_does_not_end_is_cut_off() {
-        let mut data = BytesMut::new();
-        ServerEntry { name: "a".into(), description: String::new() }.encode(&mut data);
-        let mut script = vec![fixed()];
-        script.extend((0..=MAX_OPTION_REPLIES).map(|_| reply(OptionCode::LIST, OptionReply::SERVER, &data)));
-        assert!(matches!(play(plan(Goal::List), &script).0, Err(NegotiationError::Broken(_))));
-    }
-}
+#[path = "negotiation_tests.rs"]
+mod tests;

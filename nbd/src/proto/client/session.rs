@@ -6,89 +6,13 @@ use bytes::{Buf, Bytes, BytesMut};
 
 use super::Negotiated;
 use super::assemble::Assembly;
+use super::operation::Operation;
 use crate::export::Extent;
 use crate::limits::{MAX_ERROR_PAYLOAD, MAX_STATUS_PAYLOAD};
 use crate::wire::{
-    CHUNK_MAGIC, ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, Errno, ErrorChunk, Request,
-    SIMPLE_REPLY_MAGIC, SimpleReply, WireError,
+    CHUNK_MAGIC, ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, EXTENDED_CHUNK_MAGIC, Errno, ErrorChunk,
+    ExtendedChunkHeader, Framing, Request, RequestHead, SIMPLE_REPLY_MAGIC, SimpleReply, WireError,
 };
-
-/// One request. Ranges and payloads must already be within the server's limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Operation {
-    /// Read bytes.
-    Read {
-        /// Offset in bytes.
-        offset: u64,
-        /// Length in bytes.
-        length: u32,
-    },
-    /// Write bytes.
-    Write {
-        /// Offset in bytes.
-        offset: u64,
-        /// What to write.
-        data: Bytes,
-        /// Durable before the reply.
-        fua: bool,
-    },
-    /// Make everything that was answered durable.
-    Flush,
-    /// Give up the content of a range.
-    Trim {
-        /// Offset in bytes.
-        offset: u64,
-        /// Length in bytes.
-        length: u32,
-        /// Durable before the reply.
-        fua: bool,
-    },
-    /// Make a range read as zeroes.
-    WriteZeroes {
-        /// Offset in bytes.
-        offset: u64,
-        /// Length in bytes.
-        length: u32,
-        /// Do not punch a hole.
-        no_hole: bool,
-        /// Durable before the reply.
-        fua: bool,
-    },
-    /// Prefetch a range.
-    Cache {
-        /// Offset in bytes.
-        offset: u64,
-        /// Length in bytes.
-        length: u32,
-    },
-    /// Describe a range in all negotiated contexts.
-    BlockStatus {
-        /// Offset in bytes.
-        offset: u64,
-        /// Length in bytes.
-        length: u32,
-    },
-}
-
-impl Operation {
-    /// The head of the request.
-    pub fn request(&self, cookie: u64) -> Request {
-        let fua_if = |fua: bool| CommandFlags::NONE.with_if(CommandFlags::FUA, fua);
-        let none = CommandFlags::NONE;
-        let (command, flags, offset, length) = match self {
-            Operation::Read { offset, length } => (Command::READ, none, *offset, *length),
-            Operation::Write { offset, data, fua } => (Command::WRITE, fua_if(*fua), *offset, data.len() as u32),
-            Operation::Flush => (Command::FLUSH, none, 0, 0),
-            Operation::Trim { offset, length, fua } => (Command::TRIM, fua_if(*fua), *offset, *length),
-            Operation::WriteZeroes { offset, length, no_hole, fua } => {
-                (Command::WRITE_ZEROES, fua_if(*fua).with_if(CommandFlags::NO_HOLE, *no_hole), *offset, *length)
-            }
-            Operation::Cache { offset, length } => (Command::CACHE, none, *offset, *length),
-            Operation::BlockStatus { offset, length } => (Command::BLOCK_STATUS, none, *offset, *length),
-        };
-        Request { flags, command, cookie, offset, length }
-    }
-}
 
 /// The extents of one context.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,6 +41,8 @@ pub struct Refusal {
     pub error: Errno,
     /// What the server said to it, perhaps empty.
     pub message: String,
+    /// Where it failed, if the server said so; an offset in the export in bytes.
+    pub offset: Option<u64>,
 }
 
 /// A request that was answered.
@@ -148,54 +74,122 @@ struct Pending<T> {
     token: T,
     command: Command,
     offset: u64,
-    length: u32,
+    length: u64,
     assembly: Option<Assembly>,
     status: Vec<ContextExtents>,
     refusal: Option<Refusal>,
+    /// What it takes to send it again, in a session that may have to.
+    operation: Option<Operation>,
+    /// It was refused with ESHUTDOWN and waits to be sent again.
+    parked: bool,
+}
+
+/// The id of a context on this connection, and the one by which the caller knows it.
+#[derive(Clone, Copy, Debug)]
+struct ContextId {
+    wire: u32,
+    told: u32,
 }
 
 /// Matches replies to requests. `T` is what the caller wants back with a completion.
 pub struct Session<T> {
-    structured: bool,
-    contexts: Vec<u32>,
+    framing: Framing,
+    contexts: Vec<ContextId>,
     next_cookie: u64,
     pending: HashMap<u64, Pending<T>>,
     wanted: usize,
+    /// Requests are kept to be sent again on another connection.
+    resending: bool,
+    parked: usize,
 }
 
 impl<T> Session<T> {
     /// A session at the start of the transmission phase.
     pub fn new(negotiated: &Negotiated) -> Session<T> {
-        Session {
-            structured: negotiated.structured,
-            contexts: negotiated.contexts.iter().map(|context| context.id).collect(),
+        let contexts = negotiated.contexts.iter().map(|context| ContextId { wire: context.id, told: context.id });
+        let mut session = Session {
+            framing: negotiated.framing,
+            contexts: contexts.collect(),
             next_cookie: 1,
             pending: HashMap::new(),
-            wanted: SimpleReply::LENGTH,
-        }
+            wanted: 0,
+            resending: false,
+            parked: 0,
+        };
+        session.wanted = session.shortest();
+        session
     }
 
-    /// Registers an operation and returns the head to send; a write's payload has to follow it.
-    pub fn submit(&mut self, operation: &Operation, token: T) -> [u8; Request::LENGTH] {
-        let request = operation.request(self.next_cookie);
+    /// The same session, able to [`Session::restart`]. A request that is refused with ESHUTDOWN is not completed: it
+    /// waits for the restart.
+    pub fn resending(self) -> Session<T> {
+        Session { resending: true, ..self }
+    }
+
+    /// Registers an operation and returns what is to be sent: the head, and a payload that is empty where there is none.
+    pub fn submit(&mut self, operation: &Operation, token: T) -> (RequestHead, Bytes) {
+        let cookie = self.next_cookie;
         self.next_cookie = self.next_cookie.wrapping_add(1);
+        let (request, payload) = self.encode(operation, cookie);
         let pending = Pending {
             token,
             command: request.command,
             offset: request.offset,
-            length: request.length,
+            length: operation.length(),
             assembly: None,
             status: Vec::new(),
             refusal: None,
+            operation: self.resending.then(|| operation.clone()),
+            parked: false,
         };
-        self.pending.insert(request.cookie, pending);
-        request.encode()
+        self.pending.insert(cookie, pending);
+        (request.encode_as(self.framing), payload)
+    }
+
+    /// Goes on over another connection, on which the same was negotiated but for the ids of the contexts. Returns all
+    /// requests without an answer, to be sent again in the order in which they were submitted; those whose token is
+    /// `abandoned` are forgotten.
+    pub fn restart(
+        &mut self,
+        negotiated: &Negotiated,
+        names: &Negotiated,
+        abandoned: impl Fn(&T) -> bool,
+    ) -> Vec<(RequestHead, Bytes)> {
+        let told = |name: &str| names.contexts.iter().find(|context| context.name == name).map(|context| context.id);
+        let ids = negotiated.contexts.iter();
+        self.contexts =
+            ids.filter_map(|context| Some(ContextId { wire: context.id, told: told(&context.name)? })).collect();
+        self.wanted = self.shortest();
+        self.parked = 0;
+        self.pending.retain(|_, pending| !abandoned(&pending.token));
+        let mut cookies: Vec<u64> = self.pending.keys().copied().collect();
+        cookies.sort_unstable();
+        let mut requests = Vec::with_capacity(cookies.len());
+        for cookie in cookies {
+            let Some(pending) = self.pending.get_mut(&cookie) else { continue };
+            (pending.assembly, pending.refusal, pending.parked) = (None, None, false);
+            pending.status.clear();
+            let Some(operation) = pending.operation.clone() else { continue };
+            let (request, payload) = self.encode(&operation, cookie);
+            requests.push((request.encode_as(self.framing), payload));
+        }
+        requests
+    }
+
+    /// Whether every request without an answer was refused because the server shuts down, and there is one.
+    pub fn all_parked(&self) -> bool {
+        self.parked > 0 && self.parked == self.pending.len()
+    }
+
+    fn encode(&self, operation: &Operation, cookie: u64) -> (Request, Bytes) {
+        let wire = |told: &u32| self.contexts.iter().find(|id| id.told == *told).map(|id| id.wire);
+        operation.encode(cookie, self.framing, wire)
     }
 
     /// The request that ends the connection; it has no reply.
-    pub fn disconnect() -> [u8; Request::LENGTH] {
+    pub fn disconnect(&self) -> RequestHead {
         let none = CommandFlags::NONE;
-        Request { flags: none, command: Command::DISC, cookie: 0, offset: 0, length: 0 }.encode()
+        Request { flags: none, command: Command::DISC, cookie: 0, offset: 0, length: 0 }.encode_as(self.framing)
     }
 
     /// Requests without an answer.
@@ -213,54 +207,83 @@ impl<T> Session<T> {
         self.wanted
     }
 
+    /// Length of the shortest message, which every one begins with.
+    fn shortest(&self) -> usize {
+        if self.framing == Framing::Extended { ExtendedChunkHeader::LENGTH } else { SimpleReply::LENGTH }
+    }
+
     /// Takes messages from the front of `input` up to the next completion; `None` when more bytes are needed.
     ///
     /// # Errors
     /// [`ProtocolError`]: hang up.
     pub fn receive(&mut self, input: &mut BytesMut) -> Result<Option<Completion<T>>, ProtocolError> {
         loop {
-            self.wanted = SimpleReply::LENGTH;
-            if input.len() < SimpleReply::LENGTH {
+            self.wanted = self.shortest();
+            if input.len() < self.wanted {
                 return Ok(None);
             }
-            match u32::from_be_bytes([input[0], input[1], input[2], input[3]]) {
-                SIMPLE_REPLY_MAGIC => return self.simple(input),
-                CHUNK_MAGIC if self.structured => {
-                    let header = match ChunkHeader::decode(input) {
-                        Ok(header) => header,
-                        Err(WireError::NotEnough { .. }) => {
-                            self.wanted = ChunkHeader::LENGTH;
-                            return Ok(None);
-                        }
-                        Err(error) => return Err(error.into()),
-                    };
-                    self.check_chunk(&header)?;
-                    self.wanted = ChunkHeader::LENGTH + header.length as usize;
-                    if input.len() < self.wanted {
+            let (header, length) = match u32::from_be_bytes([input[0], input[1], input[2], input[3]]) {
+                SIMPLE_REPLY_MAGIC if self.framing != Framing::Extended => match self.simple(input)? {
+                    Simple::Completed(completion) => return Ok(Some(completion)),
+                    Simple::Parked => continue,
+                    Simple::NeedMore => return Ok(None),
+                },
+                CHUNK_MAGIC if self.framing == Framing::Structured => match ChunkHeader::decode(input) {
+                    Ok(header) => (header, ChunkHeader::LENGTH),
+                    Err(WireError::NotEnough { .. }) => {
+                        self.wanted = ChunkHeader::LENGTH;
                         return Ok(None);
                     }
-                    input.advance(ChunkHeader::LENGTH);
-                    let payload = input.split_to(header.length as usize);
-                    self.chunk(&header, payload)?;
-                    if header.flags.contains(ChunkFlags::DONE) {
-                        return self.done(header.cookie).map(Some);
-                    }
+                    Err(error) => return Err(error.into()),
+                },
+                EXTENDED_CHUNK_MAGIC if self.framing == Framing::Extended => {
+                    (self.extended(ExtendedChunkHeader::decode(input)?)?, ExtendedChunkHeader::LENGTH)
                 }
                 found => {
-                    let expected = if self.structured { CHUNK_MAGIC } else { SIMPLE_REPLY_MAGIC };
+                    let expected = match self.framing {
+                        Framing::Simple => SIMPLE_REPLY_MAGIC,
+                        Framing::Structured => CHUNK_MAGIC,
+                        Framing::Extended => EXTENDED_CHUNK_MAGIC,
+                    };
                     let (expected, found) = (expected.into(), found.into());
                     return Err(WireError::Magic { what: "a reply", expected, found }.into());
                 }
+            };
+            self.check_chunk(&header)?;
+            self.wanted = length + header.length as usize;
+            if input.len() < self.wanted {
+                return Ok(None);
+            }
+            input.advance(length);
+            let payload = input.split_to(header.length as usize);
+            self.chunk(&header, payload)?;
+            if header.flags.contains(ChunkFlags::DONE)
+                && let Some(completion) = self.done(header.cookie)?
+            {
+                return Ok(Some(completion));
             }
         }
     }
 
-    fn simple(&mut self, input: &mut BytesMut) -> Result<Option<Completion<T>>, ProtocolError> {
+    /// Checks what only an extended head has, and gives the rest.
+    fn extended(&self, header: ExtendedChunkHeader) -> Result<ChunkHeader, ProtocolError> {
+        let ExtendedChunkHeader { flags, kind, cookie, offset, length } = header;
+        let broken = |what| ProtocolError::Broken { what, cookie };
+        let pending = self.pending.get(&cookie).ok_or(broken("a reply to a request that is not in flight"))?;
+        if offset != pending.offset {
+            return Err(broken("a reply with the offset of another request"));
+        }
+        let length = u32::try_from(length).map_err(|_| broken("a chunk that is far too long"))?;
+        Ok(ChunkHeader { flags, kind, cookie, length })
+    }
+
+    fn simple(&mut self, input: &mut BytesMut) -> Result<Simple<T>, ProtocolError> {
         let reply = SimpleReply::decode(input)?;
         let broken = |what| ProtocolError::Broken { what, cookie: reply.cookie };
-        let pending = self.pending.get(&reply.cookie).ok_or(broken("a reply to a request that was never sent"))?;
+        let pending = self.pending.get(&reply.cookie).filter(|pending| !pending.parked);
+        let pending = pending.ok_or(broken("a reply to a request that is not in flight"))?;
         let with_data = pending.command == Command::READ;
-        if self.structured && (with_data || pending.command == Command::BLOCK_STATUS) {
+        if self.framing.has_chunks() && (with_data || pending.command == Command::BLOCK_STATUS) {
             return Err(broken("a simple reply where a structured one is due"));
         }
         if pending.assembly.is_some() || pending.refusal.is_some() {
@@ -269,25 +292,26 @@ impl<T> Session<T> {
         let length = if with_data && reply.error == 0 { pending.length as usize } else { 0 };
         self.wanted = SimpleReply::LENGTH + length;
         if input.len() < self.wanted {
-            return Ok(None);
+            return Ok(Simple::NeedMore);
         }
         input.advance(SimpleReply::LENGTH);
         let data = input.split_to(length).freeze();
-        let Some(pending) = self.pending.remove(&reply.cookie) else { return Ok(None) };
-        self.wanted = SimpleReply::LENGTH;
         let result = match reply.error {
             0 if with_data => Ok(Reply::Data(data)),
             0 => Ok(Reply::Done),
-            error => Err(Refusal { error: Errno(error), message: String::new() }),
+            error => Err(Refusal { error: Errno(error), message: String::new(), offset: None }),
         };
-        Ok(Some(Completion { token: pending.token, result }))
+        Ok(match self.complete(reply.cookie, result) {
+            Some(completion) => Simple::Completed(completion),
+            None => Simple::Parked,
+        })
     }
 
     /// Refuses a chunk by its head, before its payload is buffered.
     fn check_chunk(&self, header: &ChunkHeader) -> Result<(), ProtocolError> {
         let broken = |what| Err(ProtocolError::Broken { what, cookie: header.cookie });
-        let Some(pending) = self.pending.get(&header.cookie) else {
-            return broken("a reply to a request that was never sent");
+        let Some(pending) = self.pending.get(&header.cookie).filter(|pending| !pending.parked) else {
+            return broken("a reply to a request that is not in flight");
         };
         let length = header.length;
         match header.kind {
@@ -299,18 +323,24 @@ impl<T> Session<T> {
             ChunkType::OFFSET_DATA | ChunkType::OFFSET_HOLE if pending.command != Command::READ => {
                 broken("data for a request that is not a READ")
             }
-            ChunkType::OFFSET_DATA if length <= 8 || length - 8 > pending.length => {
+            ChunkType::OFFSET_DATA if length <= 8 || u64::from(length - 8) > pending.length => {
                 broken("a data chunk of a wrong length")
             }
             ChunkType::OFFSET_HOLE if length != 12 => broken("a hole chunk of a wrong length"),
             ChunkType::OFFSET_DATA | ChunkType::OFFSET_HOLE => Ok(()),
-            ChunkType::BLOCK_STATUS if pending.command != Command::BLOCK_STATUS => {
+            ChunkType::BLOCK_STATUS_EXT if self.framing != Framing::Extended => {
+                broken("extents of 64 bits without extended headers")
+            }
+            ChunkType::BLOCK_STATUS | ChunkType::BLOCK_STATUS_EXT if pending.command != Command::BLOCK_STATUS => {
                 broken("extents for a request that is not a BLOCK_STATUS")
             }
             ChunkType::BLOCK_STATUS if length < 12 || length % 8 != 4 || length > MAX_STATUS_PAYLOAD => {
                 broken("a chunk of extents of a wrong length")
             }
-            ChunkType::BLOCK_STATUS => Ok(()),
+            ChunkType::BLOCK_STATUS_EXT if length < 24 || length % 16 != 8 || length > MAX_STATUS_PAYLOAD => {
+                broken("a chunk of extents of a wrong length")
+            }
+            ChunkType::BLOCK_STATUS | ChunkType::BLOCK_STATUS_EXT => Ok(()),
             kind if kind.is_error() && (6..=MAX_ERROR_PAYLOAD).contains(&length) => Ok(()),
             kind if kind.is_error() => broken("an error chunk of a wrong length"),
             _ => broken("a chunk of an unknown type"),
@@ -322,7 +352,8 @@ impl<T> Session<T> {
         let Some(pending) = self.pending.get_mut(&header.cookie) else { return Ok(()) };
         match header.kind {
             ChunkType::OFFSET_DATA | ChunkType::OFFSET_HOLE => {
-                let (from, length) = (pending.offset, pending.length);
+                // A READ is never longer than 32 bits can say.
+                let (from, length) = (pending.offset, pending.length as u32);
                 let assembly = pending.assembly.get_or_insert_with(|| Assembly::new(from, length));
                 let offset = payload.get_u64();
                 let outcome = if header.kind == ChunkType::OFFSET_DATA {
@@ -332,15 +363,16 @@ impl<T> Session<T> {
                 };
                 outcome.map_err(broken)?;
             }
-            ChunkType::BLOCK_STATUS => {
-                let id = payload.get_u32();
-                if !self.contexts.contains(&id) {
+            ChunkType::BLOCK_STATUS | ChunkType::BLOCK_STATUS_EXT => {
+                let wire = payload.get_u32();
+                let Some(ContextId { told: id, .. }) = self.contexts.iter().find(|id| id.wire == wire).copied() else {
                     return Err(broken("extents of a context that was not negotiated"));
-                }
+                };
                 if pending.status.iter().any(|known| known.id == id) {
                     return Err(broken("extents of a context twice"));
                 }
-                let extents = extents(&mut payload, pending.length).map_err(broken)?;
+                let wide = header.kind == ChunkType::BLOCK_STATUS_EXT;
+                let extents = extents(&mut payload, pending.length, wide).map_err(broken)?;
                 pending.status.push(ContextExtents { id, extents });
             }
             kind if kind.is_error() => {
@@ -348,39 +380,74 @@ impl<T> Session<T> {
                 if chunk.error.0 == 0 {
                     return Err(broken("an error chunk without an error"));
                 }
-                pending.refusal.get_or_insert(Refusal { error: chunk.error, message: chunk.message });
+                let ErrorChunk { error, message, offset } = chunk;
+                pending.refusal.get_or_insert(Refusal { error, message, offset });
             }
             _ => {}
         }
         Ok(())
     }
 
-    fn done(&mut self, cookie: u64) -> Result<Completion<T>, ProtocolError> {
+    fn done(&mut self, cookie: u64) -> Result<Option<Completion<T>>, ProtocolError> {
         let broken = |what| ProtocolError::Broken { what, cookie };
-        let pending = self.pending.remove(&cookie).ok_or(broken("a reply to a request that was never sent"))?;
-        self.wanted = SimpleReply::LENGTH;
-        let result = match (pending.refusal, pending.command) {
+        let pending = self.pending.get_mut(&cookie).ok_or(broken("a reply to a request that is not in flight"))?;
+        let result = match (pending.refusal.take(), pending.command) {
             (Some(refusal), _) => Err(refusal),
             (None, Command::READ) => {
-                let assembly = pending.assembly.unwrap_or_else(|| Assembly::new(pending.offset, pending.length));
+                let (offset, length) = (pending.offset, pending.length as u32);
+                let assembly = pending.assembly.take().unwrap_or_else(|| Assembly::new(offset, length));
                 Ok(Reply::Data(assembly.finish().map_err(broken)?))
             }
             (None, Command::BLOCK_STATUS) if pending.status.is_empty() => {
                 return Err(broken("a BLOCK_STATUS reply without extents"));
             }
-            (None, Command::BLOCK_STATUS) => Ok(Reply::Status(pending.status)),
+            (None, Command::BLOCK_STATUS) => Ok(Reply::Status(std::mem::take(&mut pending.status))),
             (None, _) => Ok(Reply::Done),
         };
-        Ok(Completion { token: pending.token, result })
+        Ok(self.complete(cookie, result))
+    }
+
+    /// Ends a request, unless it is to be sent again.
+    fn complete(&mut self, cookie: u64, result: Result<Reply, Refusal>) -> Option<Completion<T>> {
+        self.wanted = self.shortest();
+        let shutting_down = matches!(&result, Err(refusal) if refusal.error == Errno::ESHUTDOWN);
+        if shutting_down
+            && let Some(pending) = self.pending.get_mut(&cookie)
+            && pending.operation.is_some()
+        {
+            self.parked += usize::from(!pending.parked);
+            pending.parked = true;
+            return None;
+        }
+        let pending = self.pending.remove(&cookie)?;
+        self.parked -= usize::from(pending.parked);
+        Some(Completion { token: pending.token, result })
     }
 }
 
-/// Decodes extents. Only the last may reach beyond the request; it is cut there.
-fn extents(payload: &mut BytesMut, length: u32) -> Result<Vec<Extent>, &'static str> {
+/// What came of a simple reply.
+enum Simple<T> {
+    NeedMore,
+    Completed(Completion<T>),
+    Parked,
+}
+
+/// Decodes extents, behind the context's id. Only the last may reach beyond the request; it is cut there.
+fn extents(payload: &mut BytesMut, length: u64, wide: bool) -> Result<Vec<Extent>, &'static str> {
     let mut left = length;
-    let mut extents = Vec::with_capacity(payload.len() / 8);
-    while payload.len() >= 8 {
-        let (size, flags) = (payload.get_u32(), payload.get_u32());
+    let each = if wide { 16 } else { 8 };
+    if wide {
+        let told = payload.get_u32() as usize;
+        if told != 0 && told != payload.len() / each {
+            return Err("a wrong number of extents");
+        }
+    }
+    let mut extents = Vec::with_capacity(payload.len() / each);
+    while payload.len() >= each {
+        let (size, flags) = match wide {
+            true => (payload.get_u64(), payload.get_u64()),
+            false => (payload.get_u32().into(), payload.get_u32().into()),
+        };
         if size == 0 {
             return Err("an extent without length");
         }
@@ -389,7 +456,7 @@ fn extents(payload: &mut BytesMut, length: u32) -> Result<Vec<Extent>, &'static 
         }
         let covered = size.min(left);
         left -= covered;
-        extents.push(Extent { length: covered.into(), flags: flags.into() });
+        extents.push(Extent { length: covered, flags });
     }
     Ok(extents)
 }

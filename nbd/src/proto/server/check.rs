@@ -1,7 +1,7 @@
 //! Which requests an export may see: one pure function.
 
 use crate::limits::MAX_PAYLOAD;
-use crate::wire::{Command, CommandFlags, Errno, Request};
+use crate::wire::{Command, CommandFlags, Errno, Framing, Request};
 
 /// What the negotiation settled about a connection.
 #[derive(Clone, Copy, Debug)]
@@ -10,10 +10,33 @@ pub struct Rules {
     pub size: u64,
     /// Writes are refused.
     pub read_only: bool,
-    /// Structured replies were negotiated.
-    pub structured: bool,
+    /// Offsets and lengths are multiples of it; a power of two.
+    pub minimum_block: u32,
+    /// FAST_ZERO was offered.
+    pub fast_zero: bool,
+    /// The form of requests and replies.
+    pub framing: Framing,
     /// At least one meta context was negotiated.
     pub contexts: bool,
+}
+
+impl Rules {
+    /// The flags that a command may have.
+    fn known_flags(&self, command: Command) -> Option<CommandFlags> {
+        let extended = self.framing == Framing::Extended;
+        let none = CommandFlags::NONE;
+        let own = match command {
+            Command::READ => none.with_if(CommandFlags::DF, self.framing.has_chunks()),
+            Command::WRITE => none.with_if(CommandFlags::PAYLOAD_LEN, extended),
+            Command::WRITE_ZEROES => CommandFlags::NO_HOLE.with_if(CommandFlags::FAST_ZERO, self.fast_zero),
+            Command::BLOCK_STATUS => {
+                CommandFlags::REQ_ONE.with_if(CommandFlags::PAYLOAD_LEN, extended && self.contexts)
+            }
+            Command::FLUSH | Command::TRIM | Command::CACHE => none,
+            _ => return None,
+        };
+        Some(own | CommandFlags::FUA)
+    }
 }
 
 /// Whether a request may be carried out; if not, the error to answer. The connection goes on in either case.
@@ -22,17 +45,15 @@ pub struct Rules {
 /// at least one extent.
 ///
 /// # Errors
-/// EINVAL for unknown commands and flags, for reads that are too long, and for ranges beyond the end; EPERM for
-/// changes to a read-only export; ENOSPC for writes beyond the end.
+/// EINVAL for unknown commands and flags, for reads that are too long, for ranges that are not aligned to the minimum
+/// block, and for ranges beyond the end; EPERM for changes to a read-only export; ENOSPC for writes beyond the end.
 pub fn check(request: &Request, rules: &Rules) -> Result<(), Errno> {
-    let known = match request.command {
-        Command::READ if rules.structured => CommandFlags::FUA | CommandFlags::DF,
-        Command::WRITE_ZEROES => CommandFlags::FUA | CommandFlags::NO_HOLE,
-        Command::BLOCK_STATUS => CommandFlags::FUA | CommandFlags::REQ_ONE,
-        Command::READ | Command::WRITE | Command::FLUSH | Command::TRIM | Command::CACHE => CommandFlags::FUA,
-        _ => return Err(Errno::EINVAL),
-    };
+    let known = rules.known_flags(request.command).ok_or(Errno::EINVAL)?;
     if request.flags.without(known) != CommandFlags::NONE {
+        return Err(Errno::EINVAL);
+    }
+    let payload_told = rules.framing != Framing::Extended || request.flags.contains(CommandFlags::PAYLOAD_LEN);
+    if request.command == Command::WRITE && !payload_told {
         return Err(Errno::EINVAL);
     }
     let changes = matches!(request.command, Command::WRITE | Command::TRIM | Command::WRITE_ZEROES);
@@ -43,13 +64,16 @@ pub fn check(request: &Request, rules: &Rules) -> Result<(), Errno> {
         return Ok(());
     }
     let with_payload = matches!(request.command, Command::READ | Command::WRITE);
-    if with_payload && request.length > MAX_PAYLOAD {
+    if with_payload && request.length > MAX_PAYLOAD.into() {
         return Err(Errno::EINVAL);
     }
-    let inside = request.offset.checked_add(request.length.into()).is_some_and(|end| end <= rules.size);
+    let inside = request.offset.checked_add(request.length).is_some_and(|end| end <= rules.size);
     if !inside {
         let writes = matches!(request.command, Command::WRITE | Command::WRITE_ZEROES);
         return Err(if writes { Errno::ENOSPC } else { Errno::EINVAL });
+    }
+    if (request.offset | request.length) & u64::from(rules.minimum_block - 1) != 0 {
+        return Err(Errno::EINVAL);
     }
     if request.command == Command::BLOCK_STATUS && (!rules.contexts || request.length == 0) {
         return Err(Errno::EINVAL);
@@ -61,13 +85,20 @@ pub fn check(request: &Request, rules: &Rules) -> Result<(), Errno> {
 mod tests {
     use super::*;
 
-    const RULES: Rules = Rules { size: 10_000, read_only: false, structured: true, contexts: true };
+    const RULES: Rules = Rules {
+        size: 10_000,
+        read_only: false,
+        minimum_block: 1,
+        fast_zero: false,
+        framing: Framing::Structured,
+        contexts: true,
+    };
 
-    fn request(command: Command, flags: CommandFlags, offset: u64, length: u32) -> Request {
+    fn request(command: Command, flags: CommandFlags, offset: u64, length: u64) -> Request {
         Request { flags, command, cookie: 1, offset, length }
     }
 
-    fn answer(command: Command, offset: u64, length: u32) -> Result<(), Errno> {
+    fn answer(command: Command, offset: u64, length: u64) -> Result<(), Errno> {
         check(&request(command, CommandFlags::NONE, offset, length), &RULES)
     }
 
@@ -102,7 +133,7 @@ mod tests {
         assert_eq!(with(Command::WRITE, CommandFlags::DF), Err(Errno::EINVAL));
         assert_eq!(with(Command::WRITE_ZEROES, CommandFlags::FAST_ZERO), Err(Errno::EINVAL));
         assert_eq!(with(Command::READ, CommandFlags::DF), Ok(()));
-        let simple = Rules { structured: false, ..RULES };
+        let simple = Rules { framing: Framing::Simple, ..RULES };
         assert_eq!(check(&request(Command::READ, CommandFlags::DF, 0, 1), &simple), Err(Errno::EINVAL));
     }
 
@@ -130,11 +161,11 @@ mod tests {
     #[test]
     fn only_payloads_are_limited() {
         let rules = Rules { size: 1 << 40, ..RULES };
-        let long = MAX_PAYLOAD + 1;
+        let long = u64::from(MAX_PAYLOAD) + 1;
         assert_eq!(check(&request(Command::READ, CommandFlags::NONE, 0, long), &rules), Err(Errno::EINVAL));
         assert_eq!(check(&request(Command::WRITE, CommandFlags::NONE, 0, long), &rules), Err(Errno::EINVAL));
         for command in [Command::TRIM, Command::WRITE_ZEROES, Command::BLOCK_STATUS, Command::CACHE] {
-            assert_eq!(check(&request(command, CommandFlags::NONE, 0, u32::MAX), &rules), Ok(()), "{command}");
+            assert_eq!(check(&request(command, CommandFlags::NONE, 0, 1 << 39), &rules), Ok(()), "{command}");
         }
     }
 
@@ -142,5 +173,37 @@ mod tests {
     fn block_status_needs_a_context() {
         let rules = Rules { contexts: false, ..RULES };
         assert_eq!(check(&request(Command::BLOCK_STATUS, CommandFlags::NONE, 0, 1), &rules), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn a_payload_is_for_commands_that_have_one() {
+        let rules = Rules { framing: Framing::Extended, ..RULES };
+        let with = |command| check(&request(command, CommandFlags::PAYLOAD_LEN, 0, 1), &rules);
+        let without = |command| check(&request(command, CommandFlags::NONE, 0, 1), &rules);
+        for command in [Command::READ, Command::FLUSH, Command::TRIM, Command::CACHE, Command::WRITE_ZEROES] {
+            assert_eq!((with(command), without(command)), (Err(Errno::EINVAL), Ok(())), "{command}");
+        }
+        assert_eq!((with(Command::WRITE), without(Command::WRITE)), (Ok(()), Err(Errno::EINVAL)));
+        assert_eq!((with(Command::BLOCK_STATUS), without(Command::BLOCK_STATUS)), (Ok(()), Ok(())));
+        let compact = check(&request(Command::WRITE, CommandFlags::PAYLOAD_LEN, 0, 1), &RULES);
+        assert_eq!(compact, Err(Errno::EINVAL), "the flag is for extended headers");
+    }
+
+    #[test]
+    fn what_is_not_aligned_to_the_minimum_block_is_refused() {
+        let rules = Rules { minimum_block: 512, size: 10_240, ..RULES };
+        for command in [Command::READ, Command::WRITE, Command::TRIM, Command::WRITE_ZEROES, Command::BLOCK_STATUS] {
+            let at = |offset, length| check(&request(command, CommandFlags::NONE, offset, length), &rules);
+            assert_eq!(at(512, 1024), Ok(()), "{command}");
+            assert_eq!(at(1, 512), Err(Errno::EINVAL), "{command}");
+            assert_eq!(at(512, 511), Err(Errno::EINVAL), "{command}");
+        }
+    }
+
+    #[test]
+    fn fast_zeroes_have_to_be_offered() {
+        let rules = Rules { fast_zero: true, ..RULES };
+        let fast = request(Command::WRITE_ZEROES, CommandFlags::FAST_ZERO | CommandFlags::NO_HOLE, 0, 1);
+        assert_eq!((check(&fast, &rules), check(&fast, &RULES)), (Ok(()), Err(Errno::EINVAL)));
     }
 }

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use bytes::{Buf, BufMut, BytesMut};
 
 use crate::export::{Export, ExportInfo, Exports};
-use crate::limits::{MAX_CONTEXTS, MAX_OPTION_DATA, MAX_PAYLOAD};
+use crate::limits::{MAX_CONTEXTS, MAX_OPTION_DATA, MAX_PAYLOAD, MAX_QUERIES};
 use crate::wire::option::shortened;
 use crate::wire::{
-    ClientFlags, EXPORT_NAME_PADDING, ExportRequest, HandshakeFlags, INIT_MAGIC, Info, InfoType, MAX_STRING,
+    ClientFlags, EXPORT_NAME_PADDING, ExportRequest, Framing, HandshakeFlags, INIT_MAGIC, Info, InfoType, MAX_STRING,
     MetaContext, MetaQuery, OPTION_MAGIC, OptionCode, OptionHeader, OptionReply, OptionReplyHeader, ServerEntry,
     TransmissionFlags, WireError,
 };
@@ -33,8 +33,8 @@ pub struct Entered {
     pub name: String,
     /// What the export said of itself to this client.
     pub info: ExportInfo,
-    /// Structured replies were negotiated.
-    pub structured: bool,
+    /// The form of requests and replies.
+    pub framing: Framing,
     /// The meta contexts that were chosen for this export.
     pub contexts: Vec<MetaContext>,
 }
@@ -54,6 +54,12 @@ pub enum HandshakeError {
     /// EXPORT_NAME has no way to answer an error.
     #[error("the client sent an EXPORT_NAME that is not a name")]
     BadName,
+    /// Extended headers need GO.
+    #[error("the client asked for extended headers, and then for an export with EXPORT_NAME")]
+    ExtendedExportName,
+    /// EXPORT_NAME has no way to answer an error.
+    #[error("the client asked for an export with EXPORT_NAME while the server is shutting down")]
+    ShuttingDown,
 }
 
 enum State {
@@ -72,21 +78,27 @@ enum State {
 pub struct Handshake {
     state: State,
     no_zeroes: bool,
-    structured: bool,
+    shutting_down: bool,
+    framing: Framing,
     /// The last SET_META_CONTEXT: the name of its export, and what it chose.
     chosen: Option<(String, Vec<MetaContext>)>,
 }
 
-/// The transmission flags of an export. FLUSH and FUA are always there.
-pub fn transmission_flags(info: &ExportInfo, structured: bool) -> TransmissionFlags {
+/// The transmission flags of an export. FLUSH and FUA are always there. `contexts` says whether meta contexts were
+/// chosen.
+pub fn transmission_flags(info: &ExportInfo, framing: Framing, contexts: bool) -> TransmissionFlags {
+    let changes = TransmissionFlags::SEND_TRIM | TransmissionFlags::SEND_WRITE_ZEROES;
     (TransmissionFlags::HAS_FLAGS
         | TransmissionFlags::SEND_FLUSH
         | TransmissionFlags::SEND_FUA
         | TransmissionFlags::SEND_CACHE)
         .with_if(TransmissionFlags::READ_ONLY, info.read_only)
-        .with_if(TransmissionFlags::SEND_TRIM | TransmissionFlags::SEND_WRITE_ZEROES, !info.read_only)
-        .with_if(TransmissionFlags::SEND_DF, structured)
+        .with_if(TransmissionFlags::ROTATIONAL, info.rotational)
+        .with_if(changes, !info.read_only)
+        .with_if(TransmissionFlags::SEND_FAST_ZERO, info.fast_zero && !info.read_only)
+        .with_if(TransmissionFlags::SEND_DF, framing.has_chunks())
         .with_if(TransmissionFlags::CAN_MULTI_CONN, info.multi_conn)
+        .with_if(TransmissionFlags::BLOCK_STATUS_PAYLOAD, framing == Framing::Extended && contexts)
 }
 
 impl Handshake {
@@ -95,7 +107,17 @@ impl Handshake {
         out.put_u64(INIT_MAGIC);
         out.put_u64(OPTION_MAGIC);
         out.put_u16((HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES).0);
-        Handshake { state: State::ClientFlags, no_zeroes: false, structured: false, chosen: None }
+        Handshake { state: State::ClientFlags, no_zeroes: false, shutting_down: false, framing: Framing::Simple, chosen: None }
+    }
+
+    /// From now on, every option but ABORT is answered with ERR_SHUTDOWN.
+    pub fn shut_down(&mut self) {
+        self.shutting_down = true;
+    }
+
+    /// Whether [`Handshake::shut_down`] was called.
+    pub fn is_shutting_down(&self) -> bool {
+        self.shutting_down
     }
 
     /// Takes what stands at the front of `input`, at most one option, and appends the answer to `out`.
@@ -167,17 +189,26 @@ impl Handshake {
         let mut answer =
             |reply: OptionReply, text: &str| OptionReplyHeader::encode(option, reply, text.as_bytes(), out);
         match option {
+            OptionCode::EXPORT_NAME if self.shutting_down => return Err(HandshakeError::ShuttingDown),
             OptionCode::EXPORT_NAME => return self.export_name(data, exports, out),
             OptionCode::ABORT => {
                 answer(OptionReply::ACK, "");
                 return Ok(Step::Aborted);
             }
+            _ if self.shutting_down => answer(OptionReply::ERR_SHUTDOWN, "the server is shutting down"),
             OptionCode::LIST if data.is_empty() => list(exports, out),
+            OptionCode::STRUCTURED_REPLY if data.is_empty() && self.framing == Framing::Extended => {
+                answer(OptionReply::ERR_EXT_HEADER_REQD, "extended headers are in use already");
+            }
             OptionCode::STRUCTURED_REPLY if data.is_empty() => {
-                self.structured = true;
+                self.framing = Framing::Structured;
                 answer(OptionReply::ACK, "");
             }
-            OptionCode::LIST | OptionCode::STRUCTURED_REPLY => {
+            OptionCode::EXTENDED_HEADERS if data.is_empty() => {
+                self.framing = Framing::Extended;
+                answer(OptionReply::ACK, "");
+            }
+            OptionCode::LIST | OptionCode::STRUCTURED_REPLY | OptionCode::EXTENDED_HEADERS => {
                 answer(OptionReply::ERR_INVALID, "the option has no data");
             }
             OptionCode::INFO | OptionCode::GO => match ExportRequest::decode(data) {
@@ -192,10 +223,13 @@ impl Handshake {
                 if option == OptionCode::SET_META_CONTEXT {
                     self.chosen = None;
                 }
-                if !self.structured {
-                    answer(OptionReply::ERR_INVALID, "negotiate structured replies first");
+                if !self.framing.has_chunks() {
+                    answer(OptionReply::ERR_INVALID, "negotiate extended headers or structured replies first");
                 } else {
                     match MetaQuery::decode(data) {
+                        Ok(query) if query.queries.len() > MAX_QUERIES => {
+                            answer(OptionReply::ERR_TOO_BIG, "there are too many queries");
+                        }
                         Ok(query) => self.meta_context(option, query, exports, out),
                         Err(error) => answer(OptionReply::ERR_INVALID, &error.to_string()),
                     }
@@ -207,15 +241,22 @@ impl Handshake {
     }
 
     fn export_name(&mut self, data: &[u8], exports: &dyn Exports, out: &mut BytesMut) -> Result<Step, HandshakeError> {
+        if self.framing == Framing::Extended {
+            return Err(HandshakeError::ExtendedExportName);
+        }
         let name = std::str::from_utf8(data).map_err(|_| HandshakeError::BadName)?;
         let export = exports.find(name).ok_or_else(|| HandshakeError::NoSuchExport(name.to_owned()))?;
-        let info = export.info();
+        let info = described(export.as_ref());
         out.put_u64(info.size);
-        out.put_u16(transmission_flags(&info, self.structured).0);
+        out.put_u16(transmission_flags(&info, self.framing, self.has_contexts(name)).0);
         if !self.no_zeroes {
             out.put_bytes(0, EXPORT_NAME_PADDING);
         }
         Ok(Step::Enter(self.entered(name.to_owned(), export, info)))
+    }
+
+    fn has_contexts(&self, name: &str) -> bool {
+        self.chosen.as_ref().is_some_and(|(chosen_for, contexts)| chosen_for == name && !contexts.is_empty())
     }
 
     fn entered(&mut self, name: String, export: Arc<dyn Export>, info: ExportInfo) -> Entered {
@@ -224,7 +265,7 @@ impl Handshake {
             Some((chosen_for, contexts)) if chosen_for == name => contexts,
             _ => Vec::new(),
         };
-        Entered { export, name, info, structured: self.structured, contexts }
+        Entered { export, name, info, framing: self.framing, contexts }
     }
 
     /// Answers INFO and GO. `Some` when the client goes on to transmission.
@@ -239,13 +280,14 @@ impl Handshake {
             OptionReplyHeader::encode(option, OptionReply::ERR_UNKNOWN, b"there is no such export", out);
             return None;
         };
-        let info = export.info();
+        let info = described(export.as_ref());
+        let flags = transmission_flags(&info, self.framing, self.has_contexts(&request.name));
         let mut tell = |piece: Info| {
             let mut data = BytesMut::new();
             piece.encode(&mut data);
             OptionReplyHeader::encode(option, OptionReply::INFO, &data, out);
         };
-        tell(Info::Export { size: info.size, flags: transmission_flags(&info, self.structured) });
+        tell(Info::Export { size: info.size, flags });
         if request.infos.contains(&InfoType::NAME) {
             tell(Info::Name(request.name.clone()));
         }
@@ -253,7 +295,8 @@ impl Handshake {
             tell(Info::Description(shortened(&info.description).to_owned()));
         }
         if request.infos.contains(&InfoType::BLOCK_SIZE) {
-            tell(Info::BlockSize { minimum: 1, preferred: info.preferred_block, maximum: MAX_PAYLOAD });
+            let (minimum, preferred) = (info.minimum_block, info.preferred_block);
+            tell(Info::BlockSize { minimum, preferred, maximum: MAX_PAYLOAD });
         }
         OptionReplyHeader::encode(option, OptionReply::ACK, b"", out);
         (option == OptionCode::GO).then(|| self.entered(request.name, export, info))
@@ -273,7 +316,9 @@ impl Handshake {
                 .iter()
                 .any(|query| *query == name || (listing && query.ends_with(':') && name.starts_with(query.as_str())));
             if asked || (listing && query.queries.is_empty()) {
-                contexts.push(MetaContext { id: index as u32 + 1, name });
+                // Without meaning in a list.
+                let id = if listing { 0 } else { index as u32 + 1 };
+                contexts.push(MetaContext { id, name });
             }
         }
         for context in &contexts {
@@ -286,6 +331,15 @@ impl Handshake {
             self.chosen = Some((query.export, contexts));
         }
     }
+}
+
+/// What an export says of itself, within what the protocol allows.
+fn described(export: &dyn Export) -> ExportInfo {
+    let mut info = export.info();
+    info.minimum_block = info.minimum_block.clamp(1, 1 << 16).next_power_of_two();
+    info.preferred_block = info.preferred_block.clamp(info.minimum_block.max(512), MAX_PAYLOAD).next_power_of_two();
+    info.size -= info.size % u64::from(info.minimum_block);
+    info
 }
 
 fn list(exports: &dyn Exports, out: &mut BytesMut) {
