@@ -10,13 +10,13 @@ use common::{Probe, Served, Verdict, serve, until, within};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use nbd::client::{Client, ClientError, ConnectOptions, describe, list, negotiate};
-use nbd::export::{Export, STATE_HOLE, STATE_ZERO};
+use nbd::export::{Export, STATE_HOLE, STATE_ZERO, ZeroMode};
 use nbd::limits::MAX_PAYLOAD;
 use nbd::server::{Ended, ServeOptions};
 use nbd::uri::NbdUri;
 use nbd::wire::{
-    ChunkFlags, ChunkHeader, ChunkType, Command, Errno, INIT_MAGIC, Info, OPTION_MAGIC, OptionCode, OptionHeader,
-    OptionReply, OptionReplyHeader, Request, SimpleReply, TransmissionFlags,
+    ChunkFlags, ChunkHeader, ChunkType, Command, Errno, Framing, INIT_MAGIC, Info, OPTION_MAGIC, OptionCode,
+    OptionHeader, OptionReply, OptionReplyHeader, Request, SimpleReply, TransmissionFlags,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -25,16 +25,18 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 const SIZE: usize = 1 << 20;
+const NO_HOLE: ZeroMode = ZeroMode { no_hole: true, fast: false };
 
-fn options(structured: bool) -> ConnectOptions {
-    let contexts = if structured { vec!["base:allocation".to_owned()] } else { Vec::new() };
-    ConnectOptions { structured, contexts, ..ConnectOptions::default() }
+const FRAMINGS: [Framing; 3] = [Framing::Extended, Framing::Structured, Framing::Simple];
+
+fn options(framing: Framing) -> ConnectOptions {
+    ConnectOptions { framing, contexts: vec!["base:allocation".to_owned()], ..ConnectOptions::default() }
 }
 
-async fn connect(export: Arc<dyn Export>, structured: bool, buffer: usize) -> (Client, Served) {
+async fn connect(export: Arc<dyn Export>, framing: Framing, buffer: usize) -> (Client, Served) {
     let mut served = serve(export, ServeOptions::default(), buffer);
     let stream = std::mem::replace(&mut served.stream, duplex(1).0);
-    let client = within(Client::handshake(stream, "disk", &options(structured))).await.unwrap();
+    let client = within(Client::handshake(stream, "disk", &options(framing))).await.unwrap();
     (client, served)
 }
 
@@ -44,13 +46,13 @@ fn plain(size: usize) -> Arc<Probe> {
 
 #[tokio::test]
 async fn every_command_does_what_it_says() {
-    for structured in [true, false] {
+    for framing in FRAMINGS {
         let export = plain(SIZE);
-        let (client, served) = connect(export.clone(), structured, 65536).await;
-        assert_eq!((client.info().size, client.info().structured), (SIZE as u64, structured));
+        let (client, served) = connect(export.clone(), framing, 65536).await;
+        assert_eq!((client.info().size, client.info().framing), (SIZE as u64, framing));
         assert!(client.info().can_multi_conn() && !client.info().read_only());
         client.write(4096, Bytes::from(vec![7; 8192]), true).await.unwrap();
-        client.write_zeroes(4096, 4096, true, true).await.unwrap();
+        client.write_zeroes(4096, 4096, NO_HOLE, true).await.unwrap();
         client.trim(0, SIZE as u64, false).await.unwrap();
         client.cache(0, 4096).await.unwrap();
         client.flush().await.unwrap();
@@ -59,7 +61,7 @@ async fn every_command_does_what_it_says() {
         assert_eq!(client.read(5, 0).await.unwrap(), Bytes::new());
         client.write(5, Bytes::new(), false).await.unwrap();
         let status = client.block_status("base:allocation", 0, SIZE as u64).await;
-        if structured {
+        if framing.has_chunks() {
             let extents: Vec<_> = status.unwrap().iter().map(|extent| (extent.length, extent.flags)).collect();
             let hole = STATE_HOLE | STATE_ZERO;
             assert_eq!(extents, [(8192, hole), (4096, 0), (SIZE as u64 - 12288, hole)]);
@@ -77,7 +79,7 @@ async fn every_command_does_what_it_says() {
 #[tokio::test]
 async fn what_cannot_be_right_is_not_sent() {
     let export = plain(SIZE);
-    let (client, _served) = connect(export.clone(), true, 65536).await;
+    let (client, _served) = connect(export.clone(), Framing::Extended, 65536).await;
     let end = SIZE as u64;
     let impossible = |result: Result<(), ClientError>| {
         let error = result.unwrap_err();
@@ -87,7 +89,7 @@ async fn what_cannot_be_right_is_not_sent() {
     impossible(client.read(u64::MAX, 2).await.map(drop));
     impossible(client.write(end - 1, Bytes::from_static(b"ab"), false).await);
     impossible(client.trim(1, end, false).await);
-    impossible(client.write_zeroes(1, end, false, false).await);
+    impossible(client.write_zeroes(1, end, ZeroMode::default(), false).await);
     impossible(client.cache(1, end).await);
     impossible(client.block_status("base:allocation", 0, 0).await.map(drop));
     assert!(export.calls().is_empty());
@@ -99,7 +101,7 @@ async fn refusals_name_the_request_and_leave_the_connection() {
         Command::WRITE => Verdict::Fail(Errno::ENOSPC),
         _ => Verdict::Go,
     }));
-    let (client, _served) = connect(export, true, 65536).await;
+    let (client, _served) = connect(export, Framing::Extended, 65536).await;
     let error = client.write(512, Bytes::from_static(b"abc"), false).await.unwrap_err();
     assert_eq!(error.to_string(), "the server refused WRITE of 3 bytes at 512: ENOSPC");
     client.read(0, 512).await.unwrap();
@@ -109,7 +111,7 @@ async fn refusals_name_the_request_and_leave_the_connection() {
 async fn long_requests_are_split() {
     let size = 100 << 20;
     let export = plain(size);
-    let (client, _served) = connect(export.clone(), true, 1 << 20).await;
+    let (client, _served) = connect(export.clone(), Framing::Extended, 1 << 20).await;
     let mut data = vec![0; 70 << 20];
     for (index, byte) in data.iter_mut().enumerate() {
         *byte = (index / 4096 % 251) as u8;
@@ -117,7 +119,7 @@ async fn long_requests_are_split() {
     let data = Bytes::from(data);
     client.write(1, data.clone(), false).await.unwrap();
     assert!(client.read(1, data.len()).await.unwrap() == data);
-    client.write_zeroes(0, size as u64, false, false).await.unwrap();
+    client.write_zeroes(0, size as u64, ZeroMode::default(), false).await.unwrap();
     let calls = export.calls();
     assert_eq!(calls.len(), 3 + 3 + 1, "WRITE_ZEROES has no payload to limit it");
     assert!(calls[..6].iter().all(|call| call.2 <= MAX_PAYLOAD.into()));
@@ -132,7 +134,7 @@ async fn replies_come_in_any_order() {
         0 => Verdict::After(wait.clone()),
         _ => Verdict::Go,
     }));
-    let (client, _served) = connect(export, true, 65536).await;
+    let (client, _served) = connect(export, Framing::Extended, 65536).await;
     let slow = tokio::spawn({
         let client = client.clone();
         async move { client.read(0, 4096).await }
@@ -153,7 +155,7 @@ async fn a_caller_that_goes_away_strands_nothing() {
         0 => Verdict::After(wait.clone()),
         _ => Verdict::Go,
     }));
-    let (client, _served) = connect(export.clone(), true, 65536).await;
+    let (client, _served) = connect(export.clone(), Framing::Extended, 65536).await;
     for round in 1..=50 {
         let lost = tokio::spawn({
             let client = client.clone();
@@ -171,7 +173,7 @@ async fn a_caller_that_goes_away_strands_nothing() {
 async fn when_the_connection_dies_everybody_is_told_why() {
     let never = CancellationToken::new();
     let export = Arc::new(Probe::new(SIZE, move |_| Verdict::After(never.clone())));
-    let (client, served) = connect(export.clone(), true, 65536).await;
+    let (client, served) = connect(export.clone(), Framing::Extended, 65536).await;
     let pending = tokio::spawn({
         let client = client.clone();
         async move {
@@ -192,7 +194,7 @@ async fn when_the_connection_dies_everybody_is_told_why() {
 #[test]
 fn a_runtime_that_ends_ends_its_connections() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (client, _served) = runtime.block_on(connect(plain(SIZE), true, 65536));
+    let (client, _served) = runtime.block_on(connect(plain(SIZE), Framing::Extended, 65536));
     drop(runtime);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let error = runtime.block_on(within(client.closed()));
@@ -202,7 +204,7 @@ fn a_runtime_that_ends_ends_its_connections() {
 
 #[tokio::test]
 async fn the_last_handle_says_goodbye() {
-    let (client, served) = connect(plain(SIZE), true, 65536).await;
+    let (client, served) = connect(plain(SIZE), Framing::Extended, 65536).await;
     let other = client.clone();
     drop(client);
     other.flush().await.unwrap();
@@ -214,10 +216,11 @@ async fn the_last_handle_says_goodbye() {
 /// it knows what to read.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_callers_share_a_connection() {
-    for (structured, buffer) in [(true, 100), (false, 5000), (true, 1 << 20)] {
+    let buffers = [100, 5000, 1 << 20, 100];
+    for (framing, buffer) in FRAMINGS.into_iter().cycle().zip(buffers) {
         let part = 100_000;
         let export = plain(8 * part);
-        let (client, _served) = connect(export.clone(), structured, buffer).await;
+        let (client, _served) = connect(export.clone(), framing, buffer).await;
         let mut tasks = Vec::new();
         for task in 0..8u64 {
             let client = client.clone();
@@ -237,7 +240,7 @@ async fn many_callers_share_a_connection() {
                         }
                         1 => {
                             model[from..from + length].fill(0);
-                            client.write_zeroes(at, length as u64, false, false).await.unwrap();
+                            client.write_zeroes(at, length as u64, ZeroMode::default(), false).await.unwrap();
                         }
                         _ => assert!(client.read(at, length).await.unwrap() == model[from..from + length]),
                     }
@@ -256,22 +259,22 @@ async fn many_callers_share_a_connection() {
 #[tokio::test]
 async fn exports_are_listed_and_described() {
     let served = serve(plain(SIZE), ServeOptions::default(), 65536);
-    let entries = list(served.stream, &options(true)).await.unwrap();
+    let entries = list(served.stream, &options(Framing::Extended)).await.unwrap();
     assert_eq!((entries.len(), entries[0].name.as_str()), (1, "disk"));
     assert_eq!(within(served.ended).await.unwrap().unwrap(), Ended::DuringHandshake);
     let served = serve(plain(SIZE), ServeOptions::default(), 65536);
-    let info = describe(served.stream, "disk", &options(true)).await.unwrap();
+    let info = describe(served.stream, "disk", &options(Framing::Extended)).await.unwrap();
     assert_eq!((info.size, info.contexts.len()), (SIZE as u64, 1));
     let served = serve(plain(SIZE), ServeOptions::default(), 65536);
-    let error = describe(served.stream, "nope", &options(true)).await.unwrap_err();
+    let error = describe(served.stream, "nope", &options(Framing::Extended)).await.unwrap_err();
     assert!(matches!(error, ClientError::Negotiation(_)), "{error}");
 }
 
 #[tokio::test]
 async fn a_negotiated_stream_is_handed_out_in_step() {
     let served = serve(plain(SIZE), ServeOptions::default(), 65536);
-    let (mut stream, info) = negotiate(served.stream, "disk", &options(true)).await.unwrap();
-    assert!(!info.structured && info.size == SIZE as u64);
+    let (mut stream, info) = negotiate(served.stream, "disk", &options(Framing::Extended)).await.unwrap();
+    assert!(info.framing == Framing::Simple && info.size == SIZE as u64);
     let request = Request { flags: Default::default(), command: Command::READ, cookie: 5, offset: 0, length: 8 };
     stream.write_all(&request.encode()).await.unwrap();
     let mut reply = [0; 24];
@@ -290,12 +293,12 @@ async fn connecting_says_what_is_wrong() {
     assert_eq!(error.to_string(), "cannot connect to unix:/nonexistent/socket: is the server running there?");
     // A server that says nothing.
     let (stream, _kept) = duplex(100);
-    let options = ConnectOptions { time: std::time::Duration::from_millis(20), ..options(true) };
+    let options = ConnectOptions { time: std::time::Duration::from_millis(20), ..options(Framing::Extended) };
     let error = Client::handshake(stream, "x", &options).await.map(drop).unwrap_err();
     assert!(matches!(error, ClientError::HandshakeTime(_)), "{error}");
 }
 
-/// A server by hand: it grants everything that is asked, says `info`, then hands the stream to `play`.
+/// A server by hand: it grants everything that is asked but extended headers, says `info`, then hands the stream to `play`.
 fn act<F: Future<Output = ()> + Send + 'static>(
     info: Vec<Info>,
     play: impl FnOnce(DuplexStream) -> F + Send + 'static,
@@ -321,7 +324,9 @@ fn act<F: Future<Output = ()> + Send + 'static>(
                     OptionReplyHeader::encode(header.option, OptionReply::INFO, &data, &mut out);
                 }
             }
-            OptionReplyHeader::encode(header.option, OptionReply::ACK, b"", &mut out);
+            let extended = header.option == OptionCode::EXTENDED_HEADERS;
+            let reply = if extended { OptionReply::ERR_UNSUP } else { OptionReply::ACK };
+            OptionReplyHeader::encode(header.option, reply, b"", &mut out);
             stream.write_all(&out).await.unwrap();
             if header.option == OptionCode::GO {
                 return play(stream).await;
@@ -360,7 +365,7 @@ async fn the_servers_block_sizes_are_kept() {
             };
             stream.write_all(&chunk.encode()).await.unwrap();
             stream.write_u64(request.offset).await.unwrap();
-            stream.write_u32(request.length).await.unwrap();
+            stream.write_u32(request.length as u32).await.unwrap();
         }
         assert_eq!(lengths, [(512, 8192), (8704, 8192), (16896, 512)]);
     });
@@ -408,7 +413,7 @@ async fn a_server_that_breaks_the_protocol_is_left() {
 #[tokio::test]
 async fn a_server_that_never_answers_does_not_keep_a_connection_that_is_closed() {
     let export = Arc::new(Probe::new(SIZE, |_| Verdict::After(CancellationToken::new())));
-    let (client, _served) = connect(export.clone(), true, 65536).await;
+    let (client, _served) = connect(export.clone(), Framing::Extended, 65536).await;
     let reader = tokio::spawn({
         let client = client.clone();
         async move { client.read(0, 4096).await }
@@ -428,7 +433,7 @@ async fn a_read_in_one_chunk_is_not_copied_and_queued_requests_leave_together() 
         for head in buffer[..20 * Request::LENGTH].chunks(Request::LENGTH) {
             let request = Request::decode(head).unwrap();
             let (flags, kind, cookie) = (ChunkFlags::DONE, ChunkType::OFFSET_DATA, request.cookie);
-            let chunk = ChunkHeader { flags, kind, cookie, length: request.length + 8 };
+            let chunk = ChunkHeader { flags, kind, cookie, length: request.length as u32 + 8 };
             stream.write_all(&chunk.encode()).await.unwrap();
             stream.write_u64(request.offset).await.unwrap();
             stream.write_all(&vec![request.offset as u8; request.length as usize]).await.unwrap();

@@ -4,14 +4,18 @@ mod common;
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
+use std::time::Duration;
 
+use bytes::BytesMut;
 use common::{Probe, Verdict, until, within};
 use nbd::address::Address;
-use nbd::client::{Client, ConnectOptions};
+use nbd::client::{Client, ClientError, ConnectOptions};
 use nbd::memory::{MemoryDisk, SingleExport};
 use nbd::server::{ListenError, Listener, ServeOptions};
 use nbd::uri::NbdUri;
-use nbd::wire::{Command, Errno};
+use nbd::wire::{Command, Errno, OptionCode, OptionHeader, OptionReply, OptionReplyHeader};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -129,5 +133,58 @@ async fn a_shutdown_waits_for_requests_in_flight() {
     gate.cancel();
     let answer = within(flush).await.unwrap().unwrap_err();
     assert!(answer.to_string().contains("ENOSPC"), "the answer of the export, not a broken connection: {answer}");
+    within(running).await.unwrap();
+}
+
+#[tokio::test]
+async fn clients_in_the_handshake_do_not_take_the_place_of_others() {
+    let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let Address::Tcp { host, port } = listener.address().clone() else { panic!("not TCP") };
+    let uri = uri(&listener);
+    let options = ServeOptions {
+        max_connections: 1,
+        max_handshakes: 3,
+        handshake_time: Duration::from_millis(300),
+        ..ServeOptions::default()
+    };
+    let (shutdown, running) = run(listener, exports(), options);
+    let mut silent = Vec::new();
+    for _ in 0..2 {
+        silent.push(TcpStream::connect((host.as_str(), port)).await.unwrap());
+    }
+    let client = within(Client::connect(&uri, &ConnectOptions::default())).await.unwrap();
+    assert_eq!(client.read(0, 10).await.unwrap().len(), 10);
+    // The place for connections is taken, so that the next waits at the end of its handshake, until its time is over.
+    let error = within(Client::connect(&uri, &ConnectOptions::default())).await.map(drop).unwrap_err();
+    assert!(matches!(error, ClientError::Handshake(_)), "{error}");
+    assert_eq!(client.read(0, 10).await.unwrap().len(), 10, "and does not disturb who has it");
+    drop(silent);
+    shutdown.cancel();
+    within(running).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_client_in_the_handshake_is_told_of_the_shutdown() {
+    let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let Address::Tcp { host, port } = listener.address().clone() else { panic!("not TCP") };
+    let (shutdown, running) = run(listener, exports(), ServeOptions::default());
+    let mut stream = TcpStream::connect((host.as_str(), port)).await.unwrap();
+    stream.read_exact(&mut [0; 18]).await.unwrap();
+    stream.write_all(&[0, 0, 0, 3]).await.unwrap();
+    let mut out = BytesMut::new();
+    OptionHeader::encode(OptionCode::LIST, b"", &mut out);
+    shutdown.cancel();
+    tokio::task::yield_now().await;
+    stream.write_all(&out).await.unwrap();
+    let mut head = [0; OptionReplyHeader::LENGTH];
+    within(stream.read_exact(&mut head)).await.unwrap();
+    let refused = OptionReplyHeader::decode(&head).unwrap();
+    assert_eq!((refused.option, refused.reply), (OptionCode::LIST, OptionReply::ERR_SHUTDOWN));
+    within(stream.read_exact(&mut vec![0; refused.length as usize])).await.unwrap();
+    out.clear();
+    OptionHeader::encode(OptionCode::ABORT, b"", &mut out);
+    stream.write_all(&out).await.unwrap();
+    within(stream.read_exact(&mut head)).await.unwrap();
+    assert_eq!(OptionReplyHeader::decode(&head).unwrap().reply, OptionReply::ACK);
     within(running).await.unwrap();
 }

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use common::within;
 use nbd::client::{Client, ClientError, ConnectOptions};
-use nbd::export::{STATE_HOLE, STATE_ZERO};
-use nbd::wire::Errno;
+use nbd::export::{STATE_HOLE, STATE_ZERO, ZeroMode};
+use nbd::wire::{Errno, Framing};
 use peers::TheirServer;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -39,8 +39,8 @@ async fn exercise(client: &Client) {
     for (index, piece) in futures::future::try_join_all(many).await.unwrap().into_iter().enumerate() {
         assert!(piece == data[index * 12345..][..4096], "read {index}");
     }
-    client.write_zeroes(1 << 20, 8 << 20, false, true).await.unwrap();
-    client.write_zeroes(10 << 20, 1 << 20, true, false).await.unwrap();
+    client.write_zeroes(1 << 20, 8 << 20, ZeroMode::default(), true).await.unwrap();
+    client.write_zeroes(10 << 20, 1 << 20, ZeroMode { no_hole: true, fast: false }, false).await.unwrap();
     client.flush().await.unwrap();
     let mut expected = data[..12 << 20].to_vec();
     expected[1 << 20..9 << 20].fill(0);
@@ -73,7 +73,7 @@ async fn map(client: &Client) -> Vec<(u64, bool)> {
 async fn qemu_nbd_does_every_command() {
     let mut server = TheirServer::qemu_nbd(&vec![0; SIZE]);
     let client = server.connect(&options()).await;
-    assert!(client.info().structured);
+    assert_eq!(client.info().framing, Framing::Structured);
     within(exercise(&client)).await;
     client.close().await;
     let image = std::fs::read(server.image()).unwrap();
@@ -100,7 +100,7 @@ async fn nbdkit_does_every_command() {
         let mut server = TheirServer::nbdkit(&arguments);
         let client = server.connect(&options()).await;
         assert_eq!(
-            (client.info().structured, client.info().can_multi_conn()),
+            (client.info().framing.has_chunks(), client.info().can_multi_conn()),
             (structured, multi_conn),
             "{arguments:?}"
         );

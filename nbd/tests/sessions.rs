@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
+use nbd::export::{Extent, ZeroMode};
 use nbd::memory::{MemoryDisk, SingleExport};
 use nbd::proto::client::{Goal, Negotiated, Negotiation, Operation, Outcome, Plan, Reply, Session};
 use nbd::proto::server::{Entered, Handshake, Requests, Rules, Step, check, reply};
-use nbd::wire::{ChunkFlags, ChunkHeader, ChunkType, Command, Errno, Request};
+use nbd::wire::{ChunkFlags, ChunkHeader, ChunkType, Command, Errno, Framing, Request, StatusQuery};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -49,10 +50,10 @@ fn carry(from: &mut BytesMut, to: &mut BytesMut, random: &mut StdRng) {
 }
 
 /// The handshake of both sides.
-fn negotiate(structured: bool, random: &mut StdRng) -> (Negotiated, Entered) {
+fn negotiate(framing: Framing, random: &mut StdRng) -> (Negotiated, Entered) {
     let exports = SingleExport::new("disk", Arc::new(MemoryDisk::zeroed(SIZE)));
     let contexts = vec!["base:allocation".to_owned()];
-    let mut client = Negotiation::new(Plan { goal: Goal::Transmission, export: "disk".into(), structured, contexts });
+    let mut client = Negotiation::new(Plan { goal: Goal::Transmission, export: "disk".into(), framing, contexts });
     let (mut to_client, mut client_input) = (BytesMut::new(), BytesMut::new());
     let (mut to_server, mut server_input) = (BytesMut::new(), BytesMut::new());
     let mut server = Handshake::new(&mut to_client);
@@ -77,62 +78,67 @@ fn negotiate(structured: bool, random: &mut StdRng) -> (Negotiated, Entered) {
 }
 
 /// The reply to a READ in one of the forms that the protocol allows.
-fn read_reply(structured: bool, request: &Request, data: &[u8], random: &mut StdRng) -> Vec<u8> {
-    let (cookie, offset) = (request.cookie, request.offset);
-    if !structured || data.is_empty() || random.random_bool(0.3) {
-        return [&reply::read_done(structured, cookie, offset, request.length)[..], data].concat();
+fn read_reply(framing: Framing, request: &Request, data: &[u8], random: &mut StdRng) -> Vec<u8> {
+    if !framing.has_chunks() || data.is_empty() || random.random_bool(0.3) {
+        return [&reply::read_done(framing, request)[..], data].concat();
     }
-    let mut chunks = Vec::new();
+    let mut pieces = Vec::new();
     let mut at = 0;
     while at < data.len() {
         let end = random.random_range(at + 1..=data.len());
-        let place = (offset + at as u64).to_be_bytes();
-        let piece = &data[at..end];
-        chunks.push(if piece.iter().all(|byte| *byte == 0) {
-            (ChunkType::OFFSET_HOLE, [&place[..], &(piece.len() as u32).to_be_bytes()].concat())
-        } else {
-            (ChunkType::OFFSET_DATA, [&place[..], piece].concat())
-        });
+        pieces.push(at..end);
         at = end;
     }
-    chunks.shuffle(random);
-    if random.random_bool(0.5) {
-        chunks.push((ChunkType::NONE, Vec::new()));
-    }
-    let last = chunks.len() - 1;
+    pieces.shuffle(random);
+    let ends_empty = random.random_bool(0.5);
+    let last = pieces.len() - 1;
     let mut bytes = Vec::new();
-    for (index, (kind, payload)) in chunks.into_iter().enumerate() {
-        let flags = ChunkFlags::NONE.with_if(ChunkFlags::DONE, index == last);
-        bytes.extend(ChunkHeader { flags, kind, cookie, length: payload.len() as u32 }.encode());
-        bytes.extend(payload);
+    for (index, range) in pieces.into_iter().enumerate() {
+        let done = index == last && !ends_empty;
+        let (offset, length) = (request.offset + range.start as u64, range.len() as u32);
+        let piece = &data[range];
+        if piece.iter().all(|byte| *byte == 0) {
+            bytes.extend_from_slice(&reply::read_hole(framing, request, offset, length, done));
+        } else {
+            bytes.extend_from_slice(&reply::read_data(framing, request, offset, length, done));
+            bytes.extend_from_slice(piece);
+        }
+    }
+    if ends_empty {
+        bytes.extend_from_slice(&reply::finished(framing, request, Ok(())));
     }
     bytes
 }
 
 /// What the server does with a request: the model changes, and a reply comes of it.
-fn serve(rules: &Rules, request: &Request, payload: &[u8], disk: &mut [u8], random: &mut StdRng) -> Vec<u8> {
-    let structured = rules.structured;
-    if let Err(error) = check(request, rules) {
-        return match request.command {
-            Command::READ | Command::BLOCK_STATUS => reply::failed(structured, request.cookie, error).to_vec(),
-            _ => reply::finished(request.cookie, Err(error)).to_vec(),
-        };
+fn serve(rules: &Rules, mut request: Request, payload: &[u8], disk: &mut [u8], random: &mut StdRng) -> Vec<u8> {
+    let framing = rules.framing;
+    if request.command == Command::BLOCK_STATUS && !payload.is_empty() {
+        let query = StatusQuery::decode(payload).expect("our client encodes it");
+        assert_eq!(query.contexts, [1]);
+        request.length = query.length;
+    }
+    if let Err(error) = check(&request, rules) {
+        return reply::finished(framing, &request, Err(error)).to_vec();
     }
     let range = request.offset as usize..request.offset as usize + request.length as usize;
     match request.command {
-        Command::READ => return read_reply(structured, request, &disk[range], random),
+        Command::READ => return read_reply(framing, &request, &disk[range], random),
         Command::WRITE => disk[range].copy_from_slice(payload),
         Command::TRIM | Command::WRITE_ZEROES => disk[range].fill(0),
         Command::BLOCK_STATUS => {
-            let length = request.length.into();
-            let extents = vec![nbd::export::Extent { length, flags: request.offset }];
+            let extents = vec![Extent { length: request.length, flags: request.offset }];
             let mut out = Vec::new();
-            reply::status(request.cookie, request.length, false, &[(1, extents)], &mut out).unwrap();
+            reply::status(framing, &request, false, &[(1, extents)], &mut out).unwrap();
             return out;
         }
         _ => {}
     }
-    reply::finished(request.cookie, Ok(())).to_vec()
+    reply::finished(framing, &request, Ok(())).to_vec()
+}
+
+fn framing() -> impl Strategy<Value = Framing> {
+    prop_oneof![Just(Framing::Simple), Just(Framing::Structured), Just(Framing::Extended)]
 }
 
 /// What the client must be told. `disk` is the model before the operation, which is applied to it.
@@ -164,16 +170,23 @@ fn expected(op: &Op, disk: &mut [u8], contexts: bool) -> Result<Option<Bytes>, E
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
-    fn a_session_behaves_as_the_model(ops in proptest::collection::vec(op(), 1..60), structured: bool, seed: u64) {
+    fn a_session_behaves_as_the_model(ops in proptest::collection::vec(op(), 1..60), framing in framing(), seed: u64) {
         let mut random = StdRng::seed_from_u64(seed);
-        let (negotiated, entered) = negotiate(structured, &mut random);
-        prop_assert_eq!((negotiated.size, negotiated.structured), (SIZE as u64, structured));
-        let contexts = structured;
+        let (negotiated, entered) = negotiate(framing, &mut random);
+        prop_assert_eq!((negotiated.size, negotiated.framing), (SIZE as u64, framing));
+        let contexts = framing.has_chunks();
         prop_assert_eq!(negotiated.contexts.len(), usize::from(contexts));
-        let rules = Rules { size: entered.info.size, read_only: false, structured: entered.structured, contexts };
+        let rules = Rules {
+            size: entered.info.size,
+            read_only: false,
+            minimum_block: entered.info.minimum_block,
+            fast_zero: entered.info.fast_zero,
+            framing: entered.framing,
+            contexts,
+        };
 
         let mut session = Session::new(&negotiated);
-        let mut requests = Requests::new();
+        let mut requests = Requests::new(framing);
         let (mut client_disk, mut server_disk) = (vec![0; SIZE], vec![0; SIZE]);
         let (mut to_client, mut client_input) = (BytesMut::new(), BytesMut::new());
         let (mut to_server, mut server_input) = (BytesMut::new(), BytesMut::new());
@@ -191,21 +204,27 @@ proptest! {
                         let operation = match op {
                             Op::Read(offset, length) => Operation::Read { offset, length },
                             Op::Write(offset, data) => Operation::Write { offset, data: data.into(), fua: true },
-                            Op::Trim(offset, length) => Operation::Trim { offset, length, fua: false },
-                            Op::Zero(offset, length) => Operation::WriteZeroes { offset, length, no_hole: true, fua: false },
-                            Op::Status(offset, length) => Operation::BlockStatus { offset, length },
+                            Op::Trim(offset, length) => Operation::Trim { offset, length: length.into(), fua: false },
+                            Op::Zero(offset, length) => {
+                                let mode = ZeroMode { no_hole: true, fast: token % 2 == 0 };
+                                Operation::WriteZeroes { offset, length: length.into(), mode, fua: false }
+                            }
+                            Op::Status(offset, length) => {
+                                let some = framing == Framing::Extended && token % 2 == 0;
+                                let contexts = if some { vec![negotiated.contexts[0].id] } else { Vec::new() };
+                                Operation::BlockStatus { offset, length: length.into(), contexts }
+                            }
                             Op::Flush => Operation::Flush,
                         };
-                        to_server.extend_from_slice(&session.submit(&operation, token));
-                        if let Operation::Write { data, .. } = operation {
-                            to_server.extend_from_slice(&data);
-                        }
+                        let (head, payload) = session.submit(&operation, token);
+                        to_server.extend_from_slice(&head);
+                        to_server.extend_from_slice(&payload);
                     }
                 }
             }
             carry(&mut to_server, &mut server_input, &mut random);
             while let Some(incoming) = requests.next(&mut server_input).unwrap() {
-                late.push(serve(&rules, &incoming.request, &incoming.payload, &mut server_disk, &mut random));
+                late.push(serve(&rules, incoming.request, &incoming.payload, &mut server_disk, &mut random));
             }
             if !late.is_empty() && random.random_bool(0.6) {
                 let index = random.random_range(0..late.len());
@@ -235,7 +254,7 @@ proptest! {
     #[test]
     fn garbage_is_survived(garbage in proptest::collection::vec(any::<u8>(), 0..400), seed: u64) {
         let mut random = StdRng::seed_from_u64(seed);
-        let (negotiated, entered) = negotiate(true, &mut random);
+        let (negotiated, entered) = negotiate(Framing::Structured, &mut random);
         let mut session = Session::new(&negotiated);
         let mut stream = BytesMut::new();
         for token in 0..4u64 {
@@ -251,7 +270,7 @@ proptest! {
         prop_assert!(session.wanted() <= 20 + 8 + 4096 + 65536);
 
         let mut input = BytesMut::from(&garbage[..]);
-        let mut requests = Requests::new();
+        let mut requests = Requests::new(Framing::Simple);
         while let Ok(Some(_)) = requests.next(&mut input) {}
         prop_assert!(requests.wanted(&input) <= 28 + (32 << 20));
 

@@ -427,7 +427,7 @@ async fn follow(ops: Vec<Op>, background: bool) {
                 }
             }
             Op::Zero(at, length, no_hole) => {
-                done(lab.export.write_zeroes(at, length, ZeroMode { no_hole }, false)).await.unwrap();
+                done(lab.export.write_zeroes(at, length, ZeroMode { no_hole, fast: false }, false)).await.unwrap();
                 change(&mut may, &mut history, at, length, 0, false);
             }
             Op::Trim(at, length) => {

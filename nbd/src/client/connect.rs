@@ -32,12 +32,7 @@ pub struct ConnectOptions {
 
 impl Default for ConnectOptions {
     fn default() -> ConnectOptions {
-        ConnectOptions {
-            framing: Framing::Extended,
-            contexts: Vec::new(),
-            time: HANDSHAKE_TIME,
-            reconnect: None,
-        }
+        ConnectOptions { framing: Framing::Extended, contexts: Vec::new(), time: HANDSHAKE_TIME, reconnect: None }
     }
 }
 

@@ -32,11 +32,7 @@ pub struct Reconnect {
 
 impl Default for Reconnect {
     fn default() -> Reconnect {
-        Reconnect {
-            first_pause: RECONNECT_FIRST_PAUSE,
-            longest_pause: RECONNECT_LONGEST_PAUSE,
-            give_up_after: None,
-        }
+        Reconnect { first_pause: RECONNECT_FIRST_PAUSE, longest_pause: RECONNECT_LONGEST_PAUSE, give_up_after: None }
     }
 }
 
@@ -88,9 +84,8 @@ impl<S> Redial<S> {
 
 /// What of the negotiation is not as it was, of what requests depend on.
 fn difference(old: &Negotiated, new: &Negotiated) -> Option<&'static str> {
-    let blocks = |negotiated: &Negotiated| {
-        (negotiated.minimum_block, negotiated.preferred_block, negotiated.maximum_block)
-    };
+    let blocks =
+        |negotiated: &Negotiated| (negotiated.minimum_block, negotiated.preferred_block, negotiated.maximum_block);
     let same_contexts = old.contexts.len() == new.contexts.len()
         && old.contexts.iter().all(|known| new.contexts.iter().any(|context| context.name == known.name));
     [

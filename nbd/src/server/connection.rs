@@ -378,8 +378,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
     fn answer_status(&mut self, request: &Request, status: Result<Status, Errno>) {
         let one = request.flags.contains(CommandFlags::REQ_ONE);
         let framing = self.rules.framing;
-        let encoded =
-            status.and_then(|status| reply::status(framing, request, one, &status, &mut self.status_buffer));
+        let encoded = status.and_then(|status| reply::status(framing, request, one, &status, &mut self.status_buffer));
         match encoded {
             Ok(()) => self.output.extend(&self.status_buffer),
             Err(error) => self.answer(request, Err(error)),

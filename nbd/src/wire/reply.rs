@@ -1,7 +1,9 @@
 //! Replies of the transmission phase (document: "Simple reply message", "Structured reply chunk message", "Extended
 //! reply chunk message").
 
-use super::{CHUNK_MAGIC, ChunkFlags, EXTENDED_CHUNK_MAGIC, Errno, Fields, SIMPLE_REPLY_MAGIC, WireError, option::shortened};
+use super::{
+    CHUNK_MAGIC, ChunkFlags, EXTENDED_CHUNK_MAGIC, Errno, Fields, SIMPLE_REPLY_MAGIC, WireError, option::shortened,
+};
 
 /// A simple reply; after a successful READ without structured replies the data follows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

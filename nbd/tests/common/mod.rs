@@ -10,7 +10,10 @@ use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, ZeroMode};
 use nbd::memory::{MemoryDisk, SingleExport};
 use nbd::proto::client::{Goal, Negotiated, Negotiation, Outcome, Plan};
 use nbd::server::{Ended, ServeOptions, ServerError, serve_connection};
-use nbd::wire::{ChunkHeader, Command, CommandFlags, Errno, Request, SimpleReply};
+use nbd::wire::{
+    ChunkFlags, ChunkHeader, ChunkType, Command, CommandFlags, Errno, ErrorChunk, ExtendedChunkHeader, Framing,
+    Request, SimpleReply,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -98,6 +101,7 @@ impl Export for Probe {
                 let mut bytes = vec![0; length];
                 match disk.read(offset, &mut bytes) {
                     ReadAnswer::Now(result) => result.map(|()| Bytes::from(bytes)),
+                    ReadAnswer::Sparse(_) => Ok(Bytes::from(bytes)),
                     ReadAnswer::Later(work) => work.await,
                 }
             })),
@@ -190,15 +194,15 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// Enters transmission, with structured replies and `base:allocation` if `structured`.
-    pub async fn enter(export: Arc<dyn Export>, structured: bool) -> Raw {
-        Raw::enter_with(export, structured, ServeOptions::default(), 1 << 20).await
+    /// Enters transmission, with `base:allocation` where the framing has it.
+    pub async fn enter(export: Arc<dyn Export>, framing: Framing) -> Raw {
+        Raw::enter_with(export, framing, ServeOptions::default(), 1 << 20).await
     }
 
-    pub async fn enter_with(export: Arc<dyn Export>, structured: bool, options: ServeOptions, buffer: usize) -> Raw {
+    pub async fn enter_with(export: Arc<dyn Export>, framing: Framing, options: ServeOptions, buffer: usize) -> Raw {
         let Served { mut stream, ended, shutdown } = serve(export, options, buffer);
         let contexts = vec!["base:allocation".to_owned()];
-        let plan = Plan { goal: Goal::Transmission, export: "disk".into(), structured, contexts };
+        let plan = Plan { goal: Goal::Transmission, export: "disk".into(), framing, contexts };
         let mut negotiation = Negotiation::new(plan);
         let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
         let negotiated = loop {
@@ -213,17 +217,19 @@ impl Raw {
         Raw { stream, negotiated, ended, shutdown }
     }
 
-    pub async fn send_with(&mut self, flags: CommandFlags, command: Command, cookie: u64, offset: u64, length: u32) {
+    pub async fn send_with(&mut self, flags: CommandFlags, command: Command, cookie: u64, offset: u64, length: u64) {
         let request = Request { flags, command, cookie, offset, length };
-        self.stream.write_all(&request.encode()).await.unwrap();
+        self.stream.write_all(&request.encode_as(self.negotiated.framing)).await.unwrap();
     }
 
-    pub async fn send(&mut self, command: Command, cookie: u64, offset: u64, length: u32) {
+    pub async fn send(&mut self, command: Command, cookie: u64, offset: u64, length: u64) {
         self.send_with(CommandFlags::NONE, command, cookie, offset, length).await;
     }
 
     pub async fn write(&mut self, cookie: u64, offset: u64, data: &[u8]) {
-        self.send(Command::WRITE, cookie, offset, data.len() as u32).await;
+        let extended = self.negotiated.framing == Framing::Extended;
+        let flags = CommandFlags::NONE.with_if(CommandFlags::PAYLOAD_LEN, extended);
+        self.send_with(flags, Command::WRITE, cookie, offset, data.len() as u64).await;
         self.stream.write_all(data).await.unwrap();
     }
 
@@ -246,10 +252,42 @@ impl Raw {
         (header, payload)
     }
 
+    /// The next message must be an extended chunk: its head and its payload.
+    pub async fn extended_chunk(&mut self) -> (ExtendedChunkHeader, Vec<u8>) {
+        let head = self.bytes(ExtendedChunkHeader::LENGTH).await;
+        let header = ExtendedChunkHeader::decode(&head).expect("an extended chunk");
+        let payload = self.bytes(header.length as usize).await;
+        (header, payload)
+    }
+
+    /// The next message must end a request without data: its cookie and its error, 0 for success.
+    pub async fn finished(&mut self) -> (u64, u32) {
+        if self.negotiated.framing != Framing::Extended {
+            return self.simple().await;
+        }
+        let (chunk, payload) = self.extended_chunk().await;
+        assert_eq!(chunk.flags, ChunkFlags::DONE);
+        match chunk.kind {
+            ChunkType::NONE => (chunk.cookie, 0),
+            kind => (chunk.cookie, ErrorChunk::decode(kind, &payload).expect("an error").error.0),
+        }
+    }
+
+    /// The next message must refuse such a request, in the form that is due: its error.
+    pub async fn error(&mut self, command: Command) -> u32 {
+        let with_data = matches!(command, Command::READ | Command::BLOCK_STATUS);
+        if self.negotiated.framing == Framing::Structured && with_data {
+            let (chunk, payload) = self.chunk().await;
+            assert!(chunk.kind.is_error() && chunk.flags == ChunkFlags::DONE);
+            return ErrorChunk::decode(chunk.kind, &payload).expect("an error").error.0;
+        }
+        self.finished().await.1
+    }
+
     /// Whether the connection is alive and in step: a flush is answered.
     pub async fn assert_in_step(&mut self) {
         self.send(Command::FLUSH, 4711, 0, 0).await;
-        assert_eq!(self.simple().await, (4711, 0));
+        assert_eq!(self.finished().await, (4711, 0));
     }
 }
 

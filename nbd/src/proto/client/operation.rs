@@ -107,8 +107,7 @@ impl Operation {
         let flags = match self {
             Operation::Write { data, fua, .. } => {
                 payload = data.clone();
-                none.with_if(CommandFlags::FUA, *fua)
-                    .with_if(CommandFlags::PAYLOAD_LEN, framing == Framing::Extended)
+                none.with_if(CommandFlags::FUA, *fua).with_if(CommandFlags::PAYLOAD_LEN, framing == Framing::Extended)
             }
             Operation::Trim { fua, .. } => none.with_if(CommandFlags::FUA, *fua),
             Operation::WriteZeroes { mode, fua, .. } => none

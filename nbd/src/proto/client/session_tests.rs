@@ -4,14 +4,18 @@ use super::*;
 use crate::limits::MAX_PAYLOAD;
 use crate::wire::{MetaContext, TransmissionFlags};
 
-fn negotiated(structured: bool) -> Negotiated {
+const SIMPLE: Framing = Framing::Simple;
+const STRUCTURED: Framing = Framing::Structured;
+const EXTENDED: Framing = Framing::Extended;
+
+fn negotiated(framing: Framing) -> Negotiated {
     Negotiated {
         size: 1 << 30,
         flags: TransmissionFlags::HAS_FLAGS,
         minimum_block: 1,
         preferred_block: 4096,
         maximum_block: MAX_PAYLOAD,
-        structured,
+        framing,
         contexts: vec![MetaContext { id: 7, name: "base:allocation".into() }],
         name: None,
         description: None,
@@ -19,13 +23,14 @@ fn negotiated(structured: bool) -> Negotiated {
 }
 
 const READ: Operation = Operation::Read { offset: 1000, length: 8 };
-const STATUS: Operation = Operation::BlockStatus { offset: 0, length: 1000 };
+const STATUS: Operation = Operation::BlockStatus { offset: 0, length: 1000, contexts: Vec::new() };
 
 /// A session with one request in flight; its cookie is 1, its token 77.
-fn session(structured: bool, operation: Operation) -> Session<u32> {
-    let mut session = Session::new(&negotiated(structured));
-    let head = session.submit(&operation, 77);
-    assert_eq!(Request::decode(&head).unwrap().cookie, 1);
+fn session(framing: Framing, operation: Operation) -> Session<u32> {
+    let mut session = Session::new(&negotiated(framing));
+    let (head, _) = session.submit(&operation, 77);
+    let request = if framing == EXTENDED { Request::decode_extended(&head) } else { Request::decode(&head) };
+    assert_eq!(request.unwrap().cookie, 1);
     session
 }
 
@@ -53,20 +58,20 @@ fn data(bytes: &'static [u8]) -> Result<Option<Completion<u32>>, ProtocolError> 
 fn a_read_is_answered_in_either_mode() {
     let mut plain = simple(1, 0);
     plain.extend(b"12345678");
-    assert_eq!(receive(&mut session(false, READ), &plain), data(b"12345678"));
+    assert_eq!(receive(&mut session(SIMPLE, READ), &plain), data(b"12345678"));
     let one = chunk(ChunkType::OFFSET_DATA, true, &[&1000u64.to_be_bytes(), b"12345678"]);
-    assert_eq!(receive(&mut session(true, READ), &one), data(b"12345678"));
+    assert_eq!(receive(&mut session(STRUCTURED, READ), &one), data(b"12345678"));
     let three = [
         chunk(ChunkType::OFFSET_DATA, false, &[&1006u64.to_be_bytes(), b"gh"]),
         chunk(ChunkType::OFFSET_HOLE, false, &[&1000u64.to_be_bytes(), &6u32.to_be_bytes()]),
         chunk(ChunkType::NONE, true, &[]),
     ];
-    assert_eq!(receive(&mut session(true, READ), &three.concat()), data(b"\0\0\0\0\0\0gh"));
+    assert_eq!(receive(&mut session(STRUCTURED, READ), &three.concat()), data(b"\0\0\0\0\0\0gh"));
 }
 
 #[test]
 fn data_in_one_piece_is_not_copied() {
-    let mut session = session(true, READ);
+    let mut session = session(STRUCTURED, READ);
     let mut input = BytesMut::from(&chunk(ChunkType::OFFSET_DATA, true, &[&1000u64.to_be_bytes(), b"12345678"])[..]);
     let place = input[28..].as_ptr();
     let Ok(Some(Completion { result: Ok(Reply::Data(data)), .. })) = session.receive(&mut input) else { panic!() };
@@ -75,7 +80,7 @@ fn data_in_one_piece_is_not_copied() {
 
 #[test]
 fn it_asks_for_as_much_as_it_needs() {
-    let mut session = session(false, READ);
+    let mut session = session(SIMPLE, READ);
     let mut input = BytesMut::from(&simple(1, 0)[..]);
     assert_eq!(session.receive(&mut input), Ok(None));
     assert_eq!(session.wanted(), 24);
@@ -86,19 +91,19 @@ fn it_asks_for_as_much_as_it_needs() {
 
 #[test]
 fn refusals_come_in_both_forms_and_the_first_counts() {
-    let refusal = |error, message: &str| {
-        Ok(Some(Completion { token: 77, result: Err(Refusal { error, message: message.into() }) }))
+    let refusal = |error, message: &str, offset| {
+        Ok(Some(Completion { token: 77, result: Err(Refusal { error, message: message.into(), offset }) }))
     };
-    assert_eq!(receive(&mut session(false, READ), &simple(1, 5)), refusal(Errno::EIO, ""));
+    assert_eq!(receive(&mut session(SIMPLE, READ), &simple(1, 5)), refusal(Errno::EIO, "", None));
     let chunks = [
         chunk(ChunkType::OFFSET_DATA, false, &[&1000u64.to_be_bytes(), b"1234"]),
         chunk(ChunkType::ERROR_OFFSET, false, &[&28u32.to_be_bytes(), &[0, 2], b"no", &1004u64.to_be_bytes()]),
         chunk(ChunkType::ERROR, true, &[&5u32.to_be_bytes(), &[0, 0]]),
     ];
-    assert_eq!(receive(&mut session(true, READ), &chunks.concat()), refusal(Errno::ENOSPC, "no"));
+    assert_eq!(receive(&mut session(STRUCTURED, READ), &chunks.concat()), refusal(Errno::ENOSPC, "no", Some(1004)));
     // An error type without a name still is an error.
     let unknown = chunk(ChunkType(0x8123), true, &[&22u32.to_be_bytes(), &[0, 0], b"more"]);
-    assert_eq!(receive(&mut session(true, READ), &unknown), refusal(Errno::EINVAL, ""));
+    assert_eq!(receive(&mut session(STRUCTURED, READ), &unknown), refusal(Errno::EINVAL, "", None));
 }
 
 #[test]
@@ -109,7 +114,7 @@ fn extents_may_end_early_or_reach_beyond_and_are_cut() {
             payload.extend(length.to_be_bytes());
             payload.extend(flags.to_be_bytes());
         });
-        receive(&mut session(true, STATUS), &chunk(ChunkType::BLOCK_STATUS, true, &[&payload]))
+        receive(&mut session(STRUCTURED, STATUS), &chunk(ChunkType::BLOCK_STATUS, true, &[&payload]))
     };
     let answer = |list: &[(u64, u64)]| {
         let extents = list.iter().map(|(length, flags)| Extent { length: *length, flags: *flags }).collect();
@@ -169,19 +174,111 @@ fn what_a_hostile_server_sends_ends_the_session() {
             [chunk(ChunkType::ERROR, false, &[&[0, 0, 0, 5, 0, 0]]), simple(1, 0)].concat(),
         ),
     ] {
-        let outcome = receive(&mut session(true, operation), &bytes);
+        let outcome = receive(&mut session(STRUCTURED, operation), &bytes);
         assert!(outcome.is_err(), "{what}: {outcome:?}");
     }
-    let outcome = receive(&mut session(false, READ), &data(true));
+    let outcome = receive(&mut session(SIMPLE, READ), &data(true));
     assert!(outcome.is_err(), "a structured reply that was not negotiated: {outcome:?}");
 }
 
 #[test]
 fn a_payload_that_cannot_be_right_is_refused_before_it_is_buffered() {
     let length = ChunkHeader { flags: ChunkFlags::DONE, kind: ChunkType::OFFSET_DATA, cookie: 1, length: u32::MAX };
-    assert!(receive(&mut session(true, READ), &length.encode()).is_err());
+    assert!(receive(&mut session(STRUCTURED, READ), &length.encode()).is_err());
     let status = ChunkHeader { kind: ChunkType::BLOCK_STATUS, length: u32::MAX - 3, ..length };
-    assert!(receive(&mut session(true, STATUS), &status.encode()).is_err());
+    assert!(receive(&mut session(STRUCTURED, STATUS), &status.encode()).is_err());
     let error = ChunkHeader { kind: ChunkType::ERROR, length: u32::MAX, ..length };
-    assert!(receive(&mut session(true, READ), &error.encode()).is_err());
+    assert!(receive(&mut session(STRUCTURED, READ), &error.encode()).is_err());
+}
+
+fn extended(kind: ChunkType, done: bool, payload: &[&[u8]]) -> Vec<u8> {
+    let flags = ChunkFlags::NONE.with_if(ChunkFlags::DONE, done);
+    let payload = payload.concat();
+    let header = ExtendedChunkHeader { flags, kind, cookie: 1, offset: 1000, length: payload.len() as u64 };
+    [header.encode().to_vec(), payload].concat()
+}
+
+#[test]
+fn extended_replies_are_chunks_that_repeat_the_offset() {
+    let at = 1000u64.to_be_bytes();
+    let whole = extended(ChunkType::OFFSET_DATA, true, &[&at, b"12345678"]);
+    assert_eq!(receive(&mut session(EXTENDED, READ), &whole), data(b"12345678"));
+    let trim = Operation::Trim { offset: 1000, length: 5 << 32, fua: false };
+    let done = receive(&mut session(EXTENDED, trim.clone()), &extended(ChunkType::NONE, true, &[]));
+    assert_eq!(done, Ok(Some(Completion { token: 77, result: Ok(Reply::Done) })));
+    let elsewhere = ExtendedChunkHeader { offset: 1001, ..ExtendedChunkHeader::decode(&whole).unwrap() };
+    let huge = ExtendedChunkHeader { length: 1 << 32, ..ExtendedChunkHeader::decode(&whole).unwrap() };
+    for (what, bytes) in [
+        ("another offset", [&elsewhere.encode(), &whole[32..]].concat()),
+        ("a length beyond 32 bits", huge.encode().to_vec()),
+        ("a simple reply", [simple(1, 0), vec![0; 16]].concat()),
+        ("a structured chunk", [chunk(ChunkType::NONE, true, &[]), vec![0; 12]].concat()),
+        ("a chunk after DONE", [whole.clone(), whole.clone()].concat()),
+    ] {
+        let mut session = session(EXTENDED, READ);
+        let mut input = BytesMut::from(&bytes[..]);
+        let first = session.receive(&mut input);
+        let outcome = if what == "a chunk after DONE" { session.receive(&mut input) } else { first };
+        assert!(outcome.is_err(), "{what}: {outcome:?}");
+    }
+}
+
+#[test]
+fn extents_come_in_either_width_with_extended_headers() {
+    let status = Operation::BlockStatus { offset: 1000, length: 5 << 32, contexts: Vec::new() };
+    let words = |count: u32, list: &[u64]| {
+        let mut payload = [7u32.to_be_bytes(), count.to_be_bytes()].concat();
+        list.iter().for_each(|word| payload.extend(word.to_be_bytes()));
+        extended(ChunkType::BLOCK_STATUS_EXT, true, &[&payload])
+    };
+    let answer = |list: &[(u64, u64)]| {
+        let extents = list.iter().map(|(length, flags)| Extent { length: *length, flags: *flags }).collect();
+        Ok(Some(Completion { token: 77, result: Ok(Reply::Status(vec![ContextExtents { id: 7, extents }])) }))
+    };
+    let told = |bytes: Vec<u8>| receive(&mut session(EXTENDED, status.clone()), &bytes);
+    assert_eq!(told(words(2, &[4 << 32, 1 << 40, u64::MAX, 3])), answer(&[(4 << 32, 1 << 40), (1 << 32, 3)]));
+    assert_eq!(told(words(0, &[1, 3])), answer(&[(1, 3)]), "the number may be left out");
+    let narrow = [7u32, 4096, 3].map(u32::to_be_bytes).concat();
+    assert_eq!(told(extended(ChunkType::BLOCK_STATUS, true, &[&narrow])), answer(&[(4096, 3)]));
+    for wrong in [words(1, &[1, 3, 1, 3]), words(1, &[1]), words(0, &[]), words(1, &[0, 3])] {
+        assert!(told(wrong).is_err());
+    }
+    let wide = chunk(ChunkType::BLOCK_STATUS_EXT, true, &[&[0; 24]]);
+    assert!(receive(&mut session(STRUCTURED, STATUS), &wide).is_err(), "not negotiated");
+}
+
+#[test]
+fn a_restart_sends_what_was_not_answered_in_order() {
+    let mut first = negotiated(EXTENDED);
+    first.contexts.push(MetaContext { id: 9, name: "x:y".into() });
+    let mut session: Session<u32> = Session::new(&first).resending();
+    let write = |offset| Operation::Write { offset, data: Bytes::from_static(b"abc"), fua: true };
+    for token in 0..40 {
+        session.submit(&write(u64::from(token)), token);
+    }
+    let status = Operation::BlockStatus { offset: 0, length: 1000, contexts: vec![9] };
+    session.submit(&status, 40);
+    let reply = |cookie, kind, payload: &[u8]| {
+        let (flags, offset, length) = (ChunkFlags::DONE, cookie - 1, payload.len() as u64);
+        [&ExtendedChunkHeader { flags, kind, cookie, offset, length }.encode(), payload].concat()
+    };
+    assert!(receive(&mut session, &reply(2, ChunkType::NONE, &[])).unwrap().is_some());
+    // The server shuts down: not a refusal, but waiting for the next connection.
+    let parked = reply(3, ChunkType::ERROR, &[0, 0, 0, 108, 0, 0]);
+    assert_eq!(receive(&mut session, &parked), Ok(None));
+    assert!(receive(&mut session, &parked).is_err(), "it has been answered on this connection");
+    assert!(!session.all_parked());
+
+    let mut second = negotiated(EXTENDED);
+    second.contexts =
+        vec![MetaContext { id: 1, name: "x:y".into() }, MetaContext { id: 2, name: "base:allocation".into() }];
+    let sent = session.restart(&second, &first, |token| *token == 5);
+    let heads: Vec<Request> = sent.iter().map(|(head, _)| Request::decode_extended(head).unwrap()).collect();
+    let tokens: Vec<u64> = heads.iter().map(|head| head.cookie - 1).collect();
+    let expected: Vec<u64> = (0..41).filter(|token| ![1, 5].contains(token)).collect();
+    assert_eq!(tokens, expected);
+    let fua = CommandFlags::FUA | CommandFlags::PAYLOAD_LEN;
+    assert!(heads[..38].iter().zip(&sent).all(|(head, sent)| head.flags == fua && sent.1 == &b"abc"[..]));
+    assert_eq!(sent[38].1[..], [0, 0, 0, 0, 0, 0, 3, 232, 0, 0, 0, 1], "the context has another id now");
+    assert!(receive(&mut session, &reply(3, ChunkType::NONE, &[])).unwrap().is_some());
 }

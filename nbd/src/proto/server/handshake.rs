@@ -107,7 +107,13 @@ impl Handshake {
         out.put_u64(INIT_MAGIC);
         out.put_u64(OPTION_MAGIC);
         out.put_u16((HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES).0);
-        Handshake { state: State::ClientFlags, no_zeroes: false, shutting_down: false, framing: Framing::Simple, chosen: None }
+        Handshake {
+            state: State::ClientFlags,
+            no_zeroes: false,
+            shutting_down: false,
+            framing: Framing::Simple,
+            chosen: None,
+        }
     }
 
     /// From now on, every option but ABORT is answered with ERR_SHUTDOWN.

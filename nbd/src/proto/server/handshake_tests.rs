@@ -87,12 +87,11 @@ fn an_unknown_option_is_answered_and_the_stream_stays_in_step() {
     let kinds = kinds(&[
         option(OptionCode(77), &[9; 100]),
         option(OptionCode::STARTTLS, b""),
-        option(OptionCode::EXTENDED_HEADERS, b""),
         option(OptionCode::PEEK_EXPORT, b"x"),
         option(OptionCode::LIST, b""),
     ]);
     let unsupported = OptionReply::ERR_UNSUP;
-    assert_eq!(kinds, [unsupported, unsupported, unsupported, unsupported, OptionReply::SERVER, OptionReply::ACK]);
+    assert_eq!(kinds, [unsupported, unsupported, unsupported, OptionReply::SERVER, OptionReply::ACK]);
 }
 
 #[test]
@@ -135,7 +134,8 @@ fn go_tells_size_and_what_was_asked() {
         | TransmissionFlags::SEND_TRIM
         | TransmissionFlags::SEND_WRITE_ZEROES
         | TransmissionFlags::CAN_MULTI_CONN
-        | TransmissionFlags::SEND_CACHE;
+        | TransmissionFlags::SEND_CACHE
+        | TransmissionFlags::SEND_FAST_ZERO;
     assert_eq!(
         infos,
         [
@@ -192,8 +192,9 @@ fn meta_contexts_need_structured_replies_and_hold_for_their_export_only() {
     let failed = [structured(), set("disk", "base:allocation"), set("nope", "base:allocation"), go("disk")];
     assert_eq!(chosen(&failed), 0, "a SET that failed leaves nothing chosen");
     let structured_flags = entered(&[structured(), go("disk")]);
-    assert!(structured_flags.structured);
-    assert!(transmission_flags(&structured_flags.info, true).contains(TransmissionFlags::SEND_DF));
+    assert_eq!(structured_flags.framing, Framing::Structured);
+    let flags = transmission_flags(&structured_flags.info, Framing::Structured, true);
+    assert!(flags.contains(TransmissionFlags::SEND_DF) && !flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD));
 }
 
 #[test]
@@ -209,4 +210,78 @@ fn contexts_are_listed_by_namespace() {
     assert_eq!(list(&["base:"]), 1);
     assert_eq!(list(&["base:allocation"]), 1);
     assert_eq!(list(&["other:"]), 0);
+}
+
+#[test]
+fn extended_headers_take_precedence_and_need_go() {
+    let extended = || option(OptionCode::EXTENDED_HEADERS, b"");
+    let structured = || option(OptionCode::STRUCTURED_REPLY, b"");
+    let (ack, required) = (OptionReply::ACK, OptionReply::ERR_EXT_HEADER_REQD);
+    assert_eq!(kinds(&[structured(), extended(), structured()]), [ack, ack, required]);
+    assert_eq!(kinds(&[option(OptionCode::EXTENDED_HEADERS, b"x")]), [OptionReply::ERR_INVALID]);
+    let input = [fixed(), extended(), option(OptionCode::EXPORT_NAME, b"disk")].concat();
+    assert!(matches!(feed(&input, 1).1, Err(HandshakeError::ExtendedExportName)));
+    let set = |export| option(OptionCode::SET_META_CONTEXT, &meta_query(export, &["base:allocation"]));
+    let go = || option(OptionCode::GO, &export_request("disk", &[]));
+    for (chosen_for, contexts) in [("disk", 1), ("", 0)] {
+        let options = [extended(), set(chosen_for), go()];
+        let entered = entered(&options);
+        assert_eq!((entered.framing, entered.contexts.len()), (Framing::Extended, contexts));
+        let answers = replies(&options);
+        let Ok(Info::Export { flags, .. }) = Info::decode(&answers[answers.len() - 2].1) else { panic!() };
+        let payload = flags.contains(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+        assert_eq!(payload, contexts > 0, "only where there is a context to choose");
+    }
+}
+
+#[test]
+fn ids_of_contexts_are_for_those_that_were_set() {
+    let ids = |code, queries: &[&str]| {
+        let options = [option(OptionCode::EXTENDED_HEADERS, b""), option(code, &meta_query("disk", queries))];
+        let contexts: Vec<_> = replies(&options)[1..]
+            .iter()
+            .filter(|(reply, _)| *reply == OptionReply::META_CONTEXT)
+            .map(|(_, data)| MetaContext::decode(data).unwrap().id)
+            .collect();
+        contexts
+    };
+    assert_eq!(ids(OptionCode::LIST_META_CONTEXT, &["base:"]), [0]);
+    assert_eq!(ids(OptionCode::SET_META_CONTEXT, &["x:y", "base:allocation", "base:allocation"]), [1]);
+    assert_eq!(ids(OptionCode::SET_META_CONTEXT, &[]), [0; 0]);
+    assert_eq!(ids(OptionCode::SET_META_CONTEXT, &["no colon", "base:", "base:other"]), [0; 0]);
+}
+
+#[test]
+fn too_many_queries_are_refused_and_choose_nothing() {
+    let queries = vec!["base:allocation"; MAX_QUERIES + 1];
+    let set = |queries: &[&str]| option(OptionCode::SET_META_CONTEXT, &meta_query("disk", queries));
+    let options = [
+        option(OptionCode::EXTENDED_HEADERS, b""),
+        set(&queries[1..]),
+        set(&queries),
+        option(OptionCode::GO, &export_request("disk", &[])),
+    ];
+    let kinds = kinds(&options);
+    assert_eq!(kinds[1..4], [OptionReply::META_CONTEXT, OptionReply::ACK, OptionReply::ERR_TOO_BIG]);
+    assert_eq!(entered(&options).contexts, []);
+}
+
+#[test]
+fn a_server_that_shuts_down_answers_only_an_abort() {
+    let (mut input, mut out) = (fixed(), BytesMut::new());
+    let mut handshake = Handshake::new(&mut BytesMut::new());
+    handshake.shut_down();
+    input.unsplit(option(OptionCode::LIST, b""));
+    input.unsplit(option(OptionCode::GO, &export_request("disk", &[])));
+    input.unsplit(option(OptionCode(77), b""));
+    input.unsplit(option(OptionCode::ABORT, b""));
+    while let Ok(Step::Answered) = handshake.advance(&mut input, &exports(), &mut out) {}
+    let kinds: Vec<_> = answers(out).into_iter().map(|(reply, _)| reply).collect();
+    let refused = OptionReply::ERR_SHUTDOWN;
+    assert_eq!(kinds, [refused, refused, refused, OptionReply::ACK]);
+    let mut input = [fixed(), option(OptionCode::EXPORT_NAME, b"disk")].concat()[..].into();
+    let mut handshake = Handshake::new(&mut BytesMut::new());
+    handshake.shut_down();
+    let end = handshake.advance(&mut input, &exports(), &mut BytesMut::new());
+    assert!(matches!(end, Err(HandshakeError::ShuttingDown)));
 }

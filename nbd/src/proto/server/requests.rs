@@ -222,7 +222,7 @@ mod tests {
             assert!(matches!(next, Err(WireError::Malformed { .. })), "{command}: {next:?}");
         }
         let status = extended(Command::BLOCK_STATUS, CommandFlags::PAYLOAD_LEN, 1 << 20);
-        let mut requests = Requests::new(Framing::Extended);
+        let requests = Requests::new(Framing::Extended);
         assert_eq!(requests.wanted(&BytesMut::from(&status[..])), 32, "a list of contexts that is too long is skipped");
     }
 }
