@@ -1,0 +1,154 @@
+//! One run: the weather is drawn, the operator types, and everything that happens is checked.
+
+use super::dice::Dice;
+use super::world::note;
+use super::plants::{Plant, Rule};
+use super::world::{A, B, Event, Order, World};
+use lazy_migrate::migration::phase::SourcePhase;
+
+/// How long after the storm the operator, who only repeats the documented command, must have arrived at one owner.
+const PATIENCE: u64 = 200_000;
+
+/// How a run ended.
+pub struct Outcome {
+    pub ended: SourcePhase,
+    pub broken: Option<(Rule, String)>,
+    pub log: Vec<String>,
+}
+
+/// How long things go wrong, in milliseconds: mostly a short time.
+fn storm(dice: &mut Dice) -> u64 {
+    if dice.percent(85) { dice.between(2_000, 8_000) } else { dice.between(8_000, 40_000) }
+}
+
+fn draw(world: &mut World, dice: &mut Dice, storm: u64) {
+    let handover = dice.between(200, 1500);
+    world.at(10, Event::Order(Order::Prepare));
+    world.at(handover, Event::Order(Order::HandOver));
+    for _ in 0..dice.between(0, 7) {
+        let order = match dice.between(0, 10) {
+            0 | 1 => Order::Prepare,
+            2..=4 => Order::HandOver,
+            5 => Order::Cancel,
+            insist => Order::RollBack { insist: insist > 7 },
+        };
+        let delay = dice.between(100, storm);
+        world.at(delay, Event::Order(order));
+    }
+    let mut falls = Vec::new();
+    for _ in 0..dice.between(0, 4) {
+        falls.push((dice.between(0, 2) as usize, dice.between(100, storm)));
+    }
+    if dice.percent(40) {
+        // Something breaks close to the handover.
+        falls.push((dice.between(0, 2) as usize, handover + dice.between(0, 600)));
+    }
+    for (host, delay) in falls {
+        let fall = if dice.percent(40) { Event::PowerLoss(host) } else { Event::Crash(host) };
+        world.at(delay, fall);
+        let most = if dice.percent(70) { 600 } else { 6000 };
+        world.at(delay + dice.between(1, most), Event::Restart(host));
+    }
+    for _ in 0..dice.between(0, 4) {
+        let (delay, long) = (dice.between(100, storm), dice.between(50, storm));
+        let cut = [[false, false], [true, false], [false, true]][dice.between(0, 3) as usize];
+        world.at(delay, Event::Link(cut));
+        world.at(delay + long, Event::Link([true, true]));
+    }
+    for _ in 0..dice.between(0, 3) {
+        let (host, delay, long) = (dice.between(0, 2) as usize, dice.between(100, storm), dice.between(50, storm));
+        world.at(delay, Event::Stall(host, long));
+    }
+    if world.plant == Some(Plant::SourceWritten) {
+        world.at(dice.between(handover, storm), Event::SourceWritten);
+    }
+    world.at(storm, Event::Calm);
+    world.at(0, Event::ClientA);
+    world.at(0, Event::ClientB);
+    world.at(0, Event::Guard);
+}
+
+/// One run.
+pub fn run(seed: u64, plant: Option<Plant>, logged: bool) -> Outcome {
+    let mut world = World::new(seed, plant, logged);
+    let mut dice = Dice(!seed);
+    let storm = storm(&mut dice);
+    draw(&mut world, &mut dice, storm);
+    let patient = if dice.percent(60) { dice.between(2_000, 60_000) } else { 0 };
+    // The clients go on for a while after the storm.
+    let ending = storm + dice.between(0, 1500);
+    world.at(storm + 10, Event::Check);
+    while let Some(event) = world.next_event() {
+        let asks = matches!(event, Event::Check);
+        world.happens(event);
+        if asks {
+            world.ending |= world.now >= ending;
+            match world.source_phase() {
+                SourcePhase::Preparing | SourcePhase::Frozen => world.order(Order::Cancel),
+                SourcePhase::HandedOver if world.now < storm + patient => world.order(Order::HandOver),
+                SourcePhase::HandedOver => world.order(Order::RollBack { insist: true }),
+                SourcePhase::RolledBack => {}
+                SourcePhase::Serving | SourcePhase::Released => {}
+            }
+            let pause = dice.between(300, 900);
+            world.at(pause, Event::Check);
+        }
+        world.check();
+        let settled = asks && world.ending && world.is_settled();
+        if world.broken.is_none() && (settled || world.now > storm + PATIENCE) {
+            world.check_end();
+            break;
+        }
+        if world.broken.is_some() {
+            break;
+        }
+    }
+    Outcome { ended: world.source_phase(), broken: world.broken, log: world.log.unwrap_or_default() }
+}
+
+impl World {
+    fn is_export(&self, id: u64) -> bool {
+        self.b.export.as_ref().is_some_and(|export| export.id == id)
+    }
+
+    /// One event, unless it belongs to a life that is over.
+    fn happens(&mut self, event: Event) {
+        match event {
+            Event::SourceDone { life, effect, ok } if life == self.hosts[A].life => self.source_done(effect, ok),
+            Event::DestinationDone { life, effect, ok } if life == self.generation => self.destination_done(effect, ok),
+            Event::Question(envelope) => self.question_arrives(envelope),
+            Event::Answer(envelope, reply) => self.answer_arrives(&envelope, reply),
+            Event::Beat { life } if life == self.generation => self.beat(),
+            Event::Restored { life, migration } if life == self.generation => self.container_restored(migration),
+            Event::ColdStart { life } if life == self.generation => self.cold_start(),
+            Event::Guard => self.guard(),
+            Event::Go { export, request } if self.is_export(export) => self.go(request),
+            Event::Land(landing) if self.is_export(landing.export) => self.landing(landing),
+            Event::Flushed { export } if self.is_export(export) => self.flushed(),
+            Event::Persist { export } if self.is_export(export) => self.persist_now_and_then(),
+            Event::Pump { export } if self.is_export(export) => self.pump(),
+            Event::Dialled { export, lane } if self.is_export(export) => self.dialled(lane),
+            Event::Data { from: B, message } if self.hosts[A].up => self.data(B, message),
+            Event::Data { from: A, message } => self.data(A, message),
+            Event::Lost(message) => self.connection_lost(message),
+            Event::ClientA => self.client_at_a(),
+            Event::ClientB => self.client_at_b(),
+            Event::StepA { life, request, last } if life == self.hosts[A].life => self.step_at_a(request, last),
+            Event::SourceWritten if self.a.freeze.is_some() => self.write_at_the_source(),
+            Event::Order(order) => self.order(order),
+            Event::Crash(host) => self.crash(host),
+            Event::PowerLoss(host) => self.power_loss(host),
+            Event::Restart(host) if !self.calm => self.restart(host),
+            Event::Link(link) if !self.calm => {
+                note!(self, "link from A {}, from B {}", link[0], link[1]);
+                self.link = link;
+            }
+            Event::Stall(host, long) if !self.calm && self.hosts[host].up => {
+                note!(self, "{}'s node stands still for {long} ms", ["A", "B"][host]);
+                self.hosts[host].stalled_until = self.now + long;
+            }
+            Event::Calm => self.becomes_calm(),
+            _ => {}
+        }
+    }
+}
