@@ -95,12 +95,16 @@ impl World {
     pub fn check_reopened(&mut self) {
         let lost_power = std::mem::take(&mut self.b.power_lost);
         let (Some(media), Some(export), Some(model)) = (&self.b.media, &self.b.export, &mut self.b.model) else { return };
+        // After a rollback nobody reads it any more, and the source behind it has gone on.
+        let epoch = self.b.recorded.as_ref().map(|it| it.epoch);
+        if self.a.recorded.as_ref().map(|it| it.epoch) != epoch {
+            return;
+        }
         let origin = self.a.freeze.as_ref();
         let mut holds = Vec::with_capacity(self.shape.cells);
         for cell in 0..self.shape.cells {
             let block = (cell / CELLS) as u64;
             let present = export.map.is_present(BlockRange::new(BlockIndex(block), BlockIndex(block + 1)));
-            // After a rollback there is nothing behind it any more, and nobody reads it.
             let Some(value) = (if present { Some(media.store.cache[cell]) } else { origin.map(|it| it[cell]) }) else {
                 return;
             };

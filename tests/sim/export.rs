@@ -37,6 +37,8 @@ impl Media {
 /// A request that the process is doing.
 pub struct Running {
     pub stage: Stage,
+    /// When it came, in milliseconds.
+    pub since: u64,
     /// Blocks that replies brought, for a reader.
     pub brought: BTreeMap<u64, Vec<Value>>,
 }
@@ -163,7 +165,7 @@ impl World {
     /// A request reaches the process.
     pub fn submit(&mut self, request: u64) {
         let Some(export) = &mut self.b.export else { return };
-        export.running.insert(request, Running { stage: Stage::Begin, brought: BTreeMap::new() });
+        export.running.insert(request, Running { stage: Stage::Begin, since: self.now, brought: BTreeMap::new() });
         let id = export.id;
         self.at(0, Event::Go { export: id, request });
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use lazy_migrate::migration::lease::Beat;
-use lazy_migrate::migration::machine::BeatAnswer;
+use lazy_migrate::migration::machine::{BeatAnswer, Grant};
 use lazy_migrate::migration::phase::DestinationPhase;
 use lazy_migrate::units::Epoch;
 
@@ -14,9 +14,9 @@ pub enum Body {
     Prepare,
     Handover(Beat),
     Resume,
-    Discard,
+    Discard(Option<Beat>),
     Beat(Beat, DestinationPhase),
-    Complete,
+    Complete(Grant),
 }
 
 /// A question on its way, or being answered.

@@ -104,3 +104,35 @@ fn no_rule_is_broken() {
     // Both ends are really reached.
     assert!(released > done / 10 && serving > done / 10, "{released} released, {serving} rolled back or cancelled");
 }
+
+/// How many runs it takes to find a plant, and which rule finds it; `None` when it is not found in [`LIMIT`] runs.
+fn hunt(plant: Plant, base: u64) -> Option<(u64, plants::Rule)> {
+    (0..LIMIT).find_map(|index| {
+        let found = std::panic::catch_unwind(|| run(base.wrapping_add(index), Some(plant), false)).ok()?;
+        found.broken.map(|(rule, _)| (index + 1, rule))
+    })
+}
+
+#[test]
+fn every_planted_bug_is_found() {
+    let bases: Vec<u64> = (0..number("SIM_BASES").unwrap_or(1)).map(|_| random_seed()).collect();
+    let lines = Mutex::new(vec![String::new(); Plant::ALL.len()]);
+    let next = AtomicU64::new(0);
+    let worker = || {
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed) as usize;
+            let Some(&plant) = Plant::ALL.get(index) else { return };
+            let mut found: Vec<Option<(u64, plants::Rule)>> = bases.iter().map(|base| hunt(plant, *base)).collect();
+            found.sort_by_key(|found| found.map_or(u64::MAX, |(runs, _)| runs));
+            let line = match found[found.len() / 2] {
+                Some((runs, rule)) => format!("| `{plant:?}` | {rule} | {runs} |"),
+                None => format!("| `{plant:?}` | NOT FOUND | over {LIMIT} |"),
+            };
+            lines.lock().expect("no panic while it is held")[index] = line;
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
+    std::thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(worker))));
+    let lines = lines.into_inner().expect("no panic while it is held");
+    println!("{}", lines.join("\n"));
+}

@@ -179,8 +179,11 @@ impl JournalFile {
         Self { bytes: Vec::new(), synced: 0, count: 0, writing: None, last_line: Vec::new(), poisoned: false }
     }
 
-    /// An append begins.
+    /// An append begins, unless none may follow any more.
     pub fn begin(&mut self, record: &Record) {
+        if self.poisoned {
+            return;
+        }
         self.writing = Some(self.bytes.len());
         let line = record::encode(DISK, self.count, record).expect("a record can be encoded");
         self.bytes.extend(&line);

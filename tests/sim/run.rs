@@ -66,6 +66,7 @@ fn draw(world: &mut World, dice: &mut Dice, storm: u64) {
     world.at(0, Event::ClientA);
     world.at(0, Event::ClientB);
     world.at(0, Event::Guard);
+    world.at(0, Event::SourceTick);
 }
 
 /// One run.
@@ -121,7 +122,10 @@ impl World {
             Event::Beat { life } if life == self.generation => self.beat(),
             Event::Restored { life, migration } if life == self.generation => self.container_restored(migration),
             Event::ColdStart { life } if life == self.generation => self.cold_start(),
+            Event::Verified { life } if life == self.generation => self.verify(),
+            Event::Looked { life } if life == self.generation => self.looked(),
             Event::Guard => self.guard(),
+            Event::SourceTick => self.source_tick(),
             Event::Go { export, request } if self.is_export(export) => self.go(request),
             Event::Land(landing) if self.is_export(landing.export) => self.landing(landing),
             Event::Flushed { export } if self.is_export(export) => self.flushed(),

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use lazy_migrate::migration::machine::{BeatAnswer, PeerWord, SourceEffect, SourceEvent, SourceMachine};
 use lazy_migrate::migration::phase::SourcePhase;
-use lazy_migrate::migration::record::{MigrationId, Record, SourceContainer, SourceRecord};
-use lazy_migrate::units::Epoch;
+use lazy_migrate::migration::record::{MigrationId, Record, RollbackMode, SourceContainer, SourceRecord};
+use lazy_migrate::units::{Epoch, ImageMark};
 
 use super::link::{Body, Envelope, Purpose, Reply};
 use super::plants::Plant;
@@ -28,6 +28,8 @@ impl World {
             peer: "10.0.0.2:10810".into(),
             timings: self.timings,
             container: None,
+            policy: self.policy,
+            seal: None,
         }));
     }
 
@@ -63,8 +65,10 @@ impl World {
                 }
                 SourceEffect::AskPrepare => self.call(A, Body::Prepare, seconds(5), Purpose::Prepare),
                 SourceEffect::TellHandover(beat) => self.call(A, Body::Handover(*beat), seconds(3), Purpose::Told),
-                SourceEffect::TellCancel => self.call(A, Body::Discard, seconds(2), Purpose::Cancel),
-                SourceEffect::TellDiscard(within) => self.call(A, Body::Discard, *within, Purpose::Discard),
+                SourceEffect::TellCancel => self.call(A, Body::Discard(None), seconds(2), Purpose::Cancel),
+                SourceEffect::TellDiscard { within, beat } => {
+                    self.call(A, Body::Discard(Some(*beat)), *within, Purpose::Discard);
+                }
                 SourceEffect::Journal(record) => {
                     if record.phase == SourcePhase::HandedOver && self.a.freeze.is_none() {
                         self.a.freeze = Some(self.a.store.cache.clone());
@@ -72,7 +76,7 @@ impl World {
                     if self.plant == Some(Plant::TellBeforeRecord) && record.phase == SourcePhase::HandedOver {
                         self.call(A, Body::Handover(self.a.last_beat), seconds(3), Purpose::Stray);
                     }
-                    self.a.journal.begin(&Record::Source(record.clone()));
+                    self.a.journal.begin(&Record::Source((**record).clone()));
                     let (delay, ok) = (self.write_time(), self.write_works(A));
                     self.at(delay, Event::SourceDone { life, effect, ok });
                 }
@@ -81,7 +85,10 @@ impl World {
                     let (delay, ok) = (self.dice.between(1, 10), self.calm || !self.dice.percent(3));
                     self.at(delay, Event::SourceDone { life, effect, ok });
                 }
-                SourceEffect::Unseal | SourceEffect::Thaw | SourceEffect::ReleaseContainer => {
+                SourceEffect::CheckUnchanged
+                | SourceEffect::Unseal
+                | SourceEffect::Thaw
+                | SourceEffect::ReleaseContainer => {
                     let delay = self.moment();
                     self.at(delay, Event::SourceDone { life, effect, ok: true });
                 }
@@ -105,21 +112,49 @@ impl World {
                     self.a.journal.fail(&mut self.dice, record.phase == SourcePhase::HandedOver)
                 };
                 if there {
-                    self.a.recorded = Some(record);
+                    self.a.recorded = Some(*record);
                     self.check_record();
                 }
                 return self.source_event(SourceEvent::Journaled(result));
             }
-            SourceEffect::Seal => return self.source_event(SourceEvent::Sealed(result)),
+            SourceEffect::Seal => {
+                let mark = self.image_mark();
+                return self.source_event(SourceEvent::Sealed(result.map(|()| Some(mark))));
+            }
+            SourceEffect::CheckUnchanged => {
+                let sealed = self.a.recorded.as_ref().and_then(|record| record.seal);
+                let same = sealed == Some(self.image_mark());
+                let result = if same { Ok(()) } else { Err(failure("the image was changed")) };
+                return self.source_event(SourceEvent::Unchanged(result));
+            }
             SourceEffect::Unseal => {
                 self.check_freeze_point();
                 self.a.freeze = None;
                 self.hosts[A].gate = Gate::Open;
             }
-            SourceEffect::Thaw => (self.hosts[A].runs, self.hosts[A].frozen) = (self.container, false),
+            SourceEffect::Thaw => {
+                (self.hosts[A].runs, self.hosts[A].frozen) = (self.container, false);
+                return self.source_event(SourceEvent::Thawed(Ok(())));
+            }
             _ => {}
         }
         self.source_event(SourceEvent::Done);
+    }
+
+    /// What the image says of itself.
+    fn image_mark(&self) -> ImageMark {
+        ImageMark { modified_ns: self.a.store.begin_sync() as i64, size: self.shape.size() }
+    }
+
+    /// The source's driver wakes: it may have waited for too long.
+    pub fn source_tick(&mut self) {
+        let now = self.clock(A);
+        let due = self.a.machine.as_ref().and_then(SourceMachine::next_timeout).is_some_and(|at| at <= now);
+        if due {
+            self.source_event(SourceEvent::Tick);
+        }
+        let pause = self.lease() / 10;
+        self.at(pause, Event::SourceTick);
     }
 
     /// Waits for what was admitted before, then syncs; true while it is not over.
@@ -177,7 +212,7 @@ impl World {
         let (ours, epoch) = (machine.record().migration.0 == envelope.migration, envelope.epoch);
         match envelope.body {
             Body::Beat(beat, phase) => {
-                self.a.last_beat = self.a.last_beat.max(beat);
+                self.a.last_beat = beat;
                 let hasty = self.plant == Some(Plant::ReleasedBeforeRecord);
                 let answer = if !ours && machine.record().epoch > epoch {
                     BeatAnswer::RolledBack
@@ -190,11 +225,11 @@ impl World {
                 };
                 self.reply(&envelope, Reply::Beat(answer));
             }
-            Body::Complete if !ours => self.reply(&envelope, Reply::No),
-            Body::Complete if machine.is_busy() => self.reply(&envelope, Reply::Busy),
-            Body::Complete => {
+            Body::Complete(_) if !ours => self.reply(&envelope, Reply::No),
+            Body::Complete(_) if machine.is_busy() => self.reply(&envelope, Reply::Busy),
+            Body::Complete(grant) => {
                 self.hosts[A].waiting = Some(Waiting::Call(envelope));
-                self.source_event(SourceEvent::PeerComplete(epoch));
+                self.source_event(SourceEvent::PeerComplete { epoch, grant });
             }
             _ => {}
         }
@@ -228,10 +263,11 @@ impl World {
                 mount: "/mnt".into(),
                 netns: None,
                 tcp_established: false,
+                bundle: "/bundle".into(),
             }),
             Order::HandOver => SourceEvent::HandOver,
             Order::Cancel => SourceEvent::Cancel,
-            Order::RollBack { insist } => SourceEvent::RollBack { insist },
+            Order::RollBack { insist } => SourceEvent::RollBack { mode: RollbackMode::FreezePoint, insist },
         };
         if self.a.machine.is_some() {
             self.hosts[A].waiting = Some(Waiting::Operator(order));

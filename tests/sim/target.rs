@@ -2,15 +2,18 @@
 
 use std::time::Duration;
 
+use lazy_migrate::error::Failure;
+use lazy_migrate::migration::lease::Beat;
 use lazy_migrate::migration::machine::{BeatAnswer, Denied, DestinationEffect, DestinationEvent, DestinationMachine};
 use lazy_migrate::migration::phase::DestinationPhase;
-use lazy_migrate::migration::record::{DestinationRecord, MigrationId, Record};
+use lazy_migrate::migration::record::{DestinationContainer, DestinationRecord, MigrationId, Record};
+use lazy_migrate::units::BlockIndex;
 
 use super::export::Media;
 use super::link::{Body, Envelope, Purpose, Reply};
 use super::model::Model;
 use super::plants::Plant;
-use super::shape::block_size;
+use super::shape::{CELLS, block_size};
 use super::world::{A, B, Event, Gate, Waiting, World};
 use super::failure;
 use super::world::note;
@@ -40,12 +43,14 @@ impl World {
                 self.new_destination(&envelope);
                 self.destination_command(DestinationEvent::ExportReady, envelope);
             }
-            Body::Discard if !ours => self.reply(&envelope, Reply::Yes),
+            Body::Discard(_) if !ours => self.reply(&envelope, Reply::Yes),
             _ if !ours => self.reply(&envelope, Reply::No),
             Body::Handover(beat) => {
                 self.destination_command(DestinationEvent::Activate { epoch: envelope.epoch, beat }, envelope);
             }
-            Body::Discard => self.destination_command(DestinationEvent::Discard(envelope.epoch), envelope),
+            Body::Discard(beat) => {
+                self.destination_command(DestinationEvent::Discard { epoch: envelope.epoch, beat }, envelope);
+            }
             Body::Resume => {
                 let active = self.b.machine.as_ref().is_some_and(|machine| {
                     machine.record().phase == DestinationPhase::Active && machine.record().epoch == envelope.epoch
@@ -62,14 +67,14 @@ impl World {
                 }
                 self.reply(&envelope, Reply::Yes);
             }
-            Body::Beat(..) | Body::Complete => {}
+            Body::Beat(..) | Body::Complete(_) => {}
         }
     }
 
     /// What an earlier attempt left is retired with its processes.
     fn new_destination(&mut self, envelope: &Envelope) {
         self.generation += 1;
-        self.b.machine = Some(DestinationMachine::new(DestinationRecord {
+        let record = DestinationRecord {
             migration: MigrationId(envelope.migration.clone()),
             epoch: envelope.epoch,
             phase: DestinationPhase::Preparing,
@@ -78,12 +83,19 @@ impl World {
             size: self.shape.size(),
             block_size: block_size(),
             timings: self.timings,
-            container: None,
-        }));
+            container: self.container.then(|| DestinationContainer {
+                id: "c".into(),
+                runtime: "runc".into(),
+                tcp_established: false,
+            }),
+        };
+        let first = self.first_beat();
+        self.b.machine = Some(DestinationMachine::new(record, first));
         let host = &mut self.hosts[B];
         (host.gate, host.runs, host.frozen, host.performing) = (Gate::Held, false, false, false);
         let b = &mut self.b;
         (b.beating, b.restoring, b.torn_down, b.restored, b.attached) = (false, false, false, false, false);
+        b.starving = false;
         (b.guard, b.guard_froze, b.model) = (None, false, None);
         b.kernel.clear();
         b.media = Some(Media::new(self.shape));
@@ -92,6 +104,11 @@ impl World {
             self.start_pull();
         }
         self.at(0, Event::Beat { life: self.generation });
+    }
+
+    /// Numbers that no earlier process has used.
+    pub fn first_beat(&mut self) -> Beat {
+        Beat(self.dice.any() >> 1)
     }
 
     fn destination_command(&mut self, event: DestinationEvent, envelope: Envelope) {
@@ -156,7 +173,7 @@ impl World {
                 DestinationEffect::Answer(result) => {
                     let reply = match result {
                         Ok(()) => Reply::Yes,
-                        Err(Denied::Busy) => Reply::Busy,
+                        Err(Denied::Busy | Denied::OldWord) => Reply::Busy,
                         Err(_) => Reply::No,
                     };
                     if let Some(Waiting::Call(envelope)) = self.hosts[B].waiting.take() {
@@ -164,8 +181,13 @@ impl World {
                     }
                     continue;
                 }
-                DestinationEffect::TellComplete => {
-                    self.call(B, Body::Complete, Duration::from_secs(10), Purpose::Complete);
+                DestinationEffect::Verify => {
+                    let delay = self.dice.between(1, 400);
+                    self.at(delay, Event::Verified { life });
+                    continue;
+                }
+                DestinationEffect::TellComplete(grant) => {
+                    self.call(B, Body::Complete(*grant), Duration::from_secs(10), Purpose::Complete);
                     if self.plant != Some(Plant::FenceBehindTelling) {
                         continue;
                     }
@@ -218,6 +240,8 @@ impl World {
                 self.hosts[B].gate = Gate::Closed;
                 self.b.attached = false;
             }
+            // Not before the container runs: no disk content competes with the pause.
+            DestinationEffect::StartPull if self.container && !self.b.restored => {}
             DestinationEffect::StartPull => self.start_pull(),
             DestinationEffect::FreezeContainer => {
                 if self.plant != Some(Plant::NoFence) {
@@ -236,7 +260,7 @@ impl World {
                 self.b.kernel.clear();
                 self.b.export = None;
             }
-            DestinationEffect::TellComplete | DestinationEffect::Answer(_) => {}
+            DestinationEffect::Verify | DestinationEffect::TellComplete(_) | DestinationEffect::Answer(_) => {}
         }
         self.destination_event(DestinationEvent::Done);
     }
@@ -262,7 +286,7 @@ impl World {
         }
     }
 
-    pub fn beat_answered(&mut self, beat: lazy_migrate::migration::lease::Beat, answer: BeatAnswer) {
+    pub fn beat_answered(&mut self, beat: Beat, answer: BeatAnswer) {
         let now = self.clock(B);
         let late = self.plant == Some(Plant::LeaseFromAnswer);
         let machine = self.b.machine.as_mut().filter(|_| late);
@@ -282,6 +306,7 @@ impl World {
         }
         // Twice as often as a beat is due: the lease's end is looked for with a delay, as a busy host does.
         self.destination_event(DestinationEvent::Tick);
+        self.look_for_starvation();
         self.at(interval.as_millis() as u64 / 2, Event::Beat { life });
     }
 
@@ -297,7 +322,8 @@ impl World {
         }
         self.b.restoring = false;
         (self.hosts[B].runs, self.b.restored, self.b.attached) = (true, true, true);
-        self.destination_event(DestinationEvent::Resumed);
+        self.start_pull();
+        self.destination_event(DestinationEvent::Resumed { runs: true });
     }
 
     /// After a power loss the operator starts what was there anew, from the disk as it is.
@@ -310,7 +336,42 @@ impl World {
         self.b.attached = true;
         self.b.restored = true;
         self.hosts[B].runs = self.container;
-        self.destination_event(DestinationEvent::Resumed);
+        self.start_pull();
+        self.destination_event(DestinationEvent::Resumed { runs: self.container });
+    }
+
+    /// Whether a read waits longer for the source than the operator wants the container to see.
+    fn look_for_starvation(&mut self) {
+        let (Some(limit), Some(export)) = (self.starve_after, &self.b.export) else { return };
+        let waits = |request: &u64| export.running.get(request).is_some_and(|it| it.since + limit < self.now);
+        let starving = export.waiters.values().any(waits);
+        if std::mem::replace(&mut self.b.starving, starving) != starving {
+            self.destination_event(DestinationEvent::Starving(starving));
+        }
+    }
+
+    /// Whether the container has outlived the node is known.
+    pub fn looked(&mut self) {
+        let runs = self.hosts[B].runs || self.hosts[B].frozen;
+        self.destination_event(DestinationEvent::Resumed { runs });
+    }
+
+    /// Compares what came from the source with what it has.
+    pub fn verify(&mut self) {
+        let reachable = self.link == [true; 2] && self.hosts[A].up;
+        let (Some(media), Some(export)) = (&self.b.media, &self.b.export) else { return };
+        let same = |cell: usize| {
+            let dirty = export.map.is_dirty(BlockIndex((cell / CELLS) as u64));
+            dirty || media.store.cache[cell] == self.a.store.cache[cell]
+        };
+        let result = if !reachable {
+            Err(Failure::unreachable("no answer"))
+        } else if (0..self.shape.cells).all(same) {
+            Ok(())
+        } else {
+            Err(failure("a block is not the source's"))
+        };
+        self.destination_event(DestinationEvent::Verified(result));
     }
 
     pub fn destination_all_durable(&mut self) {

@@ -38,6 +38,7 @@ impl World {
             self.b.export = None;
             self.b.restoring = false;
             self.b.beating = false;
+            self.b.starving = false;
             self.generation += 1;
         }
     }
@@ -126,16 +127,23 @@ impl World {
         self.hosts[B].gate = if phase == DestinationPhase::Complete { Gate::Open } else { Gate::Held };
         self.b.torn_down = false;
         self.b.recorded = Some(record.clone());
-        self.b.machine = Some(DestinationMachine::recover(record));
+        let first = self.first_beat();
+        self.b.machine = Some(DestinationMachine::recover(record, first));
         self.open_export();
         if phase == DestinationPhase::Complete {
             self.b.attached |= !self.container && !cold;
         }
-        if cold && self.b.model.is_some() && self.dice.percent(60) {
+        // A container whose checkpoint was not restored yet is not started without it.
+        let gone = !self.container || self.b.restored;
+        if cold && gone && self.b.model.is_some() && self.dice.percent(60) {
             self.at(500, Event::ColdStart { life: self.generation });
         }
         self.at(0, Event::Beat { life: self.generation });
         self.destination_effects();
+        if self.b.restored {
+            let looks = self.dice.between(1, 300);
+            self.at(looks, Event::Looked { life: self.generation });
+        }
     }
 
     /// Nothing goes wrong any more, and what is down comes up.

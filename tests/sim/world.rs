@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use lazy_migrate::migration::lease::{Beat, Timings};
 use lazy_migrate::migration::machine::{DestinationEffect, DestinationMachine, SourceEffect, SourceMachine};
-use lazy_migrate::migration::record::{DestinationRecord, SourceRecord};
+use lazy_migrate::migration::record::{DestinationRecord, LinkPolicy, OnLinkFailure, SourceRecord};
 use lazy_migrate::tracker::Tracker;
 use lazy_migrate::units::BootTime;
 
@@ -125,6 +125,7 @@ pub struct TargetSide {
     /// Until when the container's guard lets it run, as the node told it last.
     pub guard: Option<BootTime>,
     pub guard_froze: bool,
+    pub starving: bool,
     /// The store has lost its power since the export was opened last.
     pub power_lost: bool,
 }
@@ -137,7 +138,11 @@ pub enum Event {
     Answer(Envelope, Reply),
     Beat { life: u64 },
     Restored { life: u64, migration: String },
+    Verified { life: u64 },
+    /// After a restart it was looked whether the container has outlived the node.
+    Looked { life: u64 },
     Guard,
+    SourceTick,
     Go { export: u64, request: u64 },
     Land(Landing),
     Flushed { export: u64 },
@@ -186,6 +191,10 @@ pub struct World {
     pub attempts: u64,
     /// Whether a container moves along, or the disk alone.
     pub container: bool,
+    /// What the source does by itself when the destination is silent.
+    pub policy: LinkPolicy,
+    /// After how long a waiting read freezes the container, in milliseconds.
+    pub starve_after: Option<u64>,
     /// The longest pause between two requests of a client, in milliseconds.
     pub busy: u64,
     /// Blocks of background pull in flight.
@@ -231,6 +240,10 @@ impl World {
         }
         let busy = dice.between(15, 90);
         let window = dice.between(1, 9);
+        let on_link_failure = if dice.percent(20) { OnLinkFailure::Rollback } else { OnLinkFailure::Wait };
+        let link_timeout = Duration::from_millis(dice.between(lease, lease * 4));
+        let policy = LinkPolicy { on_link_failure, link_timeout };
+        let starve_after = dice.percent(25).then(|| dice.between(100, 1000));
         Self {
             dice,
             plant,
@@ -269,6 +282,7 @@ impl World {
                 attached: false,
                 guard: None,
                 guard_froze: false,
+                starving: false,
                 power_lost: false,
             },
             generation: 0,
@@ -278,6 +292,8 @@ impl World {
             ending: false,
             attempts: 0,
             container,
+            policy,
+            starve_after,
             busy,
             window,
             next_value,
@@ -368,10 +384,11 @@ impl Event {
     /// Whose process does it, if it is one's.
     fn process(&self) -> Option<usize> {
         match self {
-            Event::SourceDone { .. } | Event::StepA { .. } | Event::Data { from: B, .. } => Some(A),
+            Event::SourceTick | Event::SourceDone { .. } | Event::StepA { .. } | Event::Data { from: B, .. } => Some(A),
             Event::Question(envelope) => Some(1 - envelope.from),
             Event::Answer(envelope, _) => Some(envelope.from),
             Event::DestinationDone { .. } | Event::Beat { .. } | Event::Restored { .. } => Some(B),
+            Event::Verified { .. } | Event::Looked { .. } => Some(B),
             Event::Go { .. } | Event::Land(_) | Event::Flushed { .. } | Event::Persist { .. } => Some(B),
             Event::Pump { .. } | Event::Dialled { .. } | Event::Data { .. } | Event::Lost(_) => Some(B),
             _ => None,
