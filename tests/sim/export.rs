@@ -464,7 +464,7 @@ impl World {
             }
             Some(words) => {
                 media.map_file.write(words);
-                let (id, takes) = (export.id, self.dice.between(0, 10));
+                let (id, takes) = (export.id, self.dice.between(0, 25));
                 self.at(takes, Event::Flushed { export: id });
             }
             None => self.flush_ended(),

@@ -69,7 +69,7 @@ fn no_rule_is_broken() {
     let (runs, seconds) = (number("SIM_RUNS").unwrap_or(RUNS), number("SIM_SECONDS"));
     println!("base seed {base}");
     let (next, stop, failed) = (AtomicU64::new(0), AtomicBool::new(false), Mutex::new(None));
-    let (released, serving) = (AtomicU64::new(0), AtomicU64::new(0));
+    let (released, serving, owned) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
     let began = Instant::now();
     let limit = Duration::from_secs(seconds.unwrap_or(SECONDS));
     let worker = || {
@@ -84,6 +84,7 @@ fn no_rule_is_broken() {
                 Ok(outcome) if outcome.broken.is_none() => {
                     let count = if outcome.ended == SourcePhase::Released { &released } else { &serving };
                     count.fetch_add(1, Ordering::Relaxed);
+                    owned.fetch_add(u64::from(outcome.handed_over), Ordering::Relaxed);
                 }
                 _ => {
                     stop.store(true, Ordering::Relaxed);
@@ -99,7 +100,10 @@ fn no_rule_is_broken() {
     }
     let (released, serving) = (released.into_inner(), serving.into_inner());
     let (done, took) = (released + serving, began.elapsed().as_secs_f64());
-    println!("{done} runs in {took:.1} s, {:.0} a second: {released} released, {serving} serving", done as f64 / took);
+    let (owned, rate) = (owned.into_inner(), done as f64 / took);
+    println!(
+        "{done} runs in {took:.1} s, {rate:.0} a second: handed over in {owned}; {released} ended released, {serving} at the source"
+    );
     assert!(seconds.is_some() || done >= runs, "only {done} of {runs} runs in {SECONDS} s");
     // Both ends are really reached.
     assert!(released > done / 10 && serving > done / 10, "{released} released, {serving} rolled back or cancelled");

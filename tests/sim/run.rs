@@ -12,6 +12,8 @@ const PATIENCE: u64 = 200_000;
 /// How a run ended.
 pub struct Outcome {
     pub ended: SourcePhase,
+    /// The destination had the disk at some time.
+    pub handed_over: bool,
     pub broken: Option<(Rule, String)>,
     pub log: Vec<String>,
 }
@@ -21,52 +23,117 @@ fn storm(dice: &mut Dice) -> u64 {
     if dice.percent(85) { dice.between(2_000, 8_000) } else { dice.between(8_000, 40_000) }
 }
 
-fn draw(world: &mut World, dice: &mut Dice, storm: u64) {
-    let handover = dice.between(200, 1500);
+/// Faults that strike at the so-manieth thing that happens after the destination was given the disk: most of them meet
+/// something half done there.
+struct Ambush {
+    after: u64,
+    fall: Event,
+    down: u64,
+}
+
+/// Which kind of trouble a run is about.
+#[derive(Clone, Copy, PartialEq)]
+enum About {
+    /// Who owns the disk: the operator types a lot, links are cut for long.
+    Ownership,
+    /// What is on the disk: the destination pulls, serves, and falls again and again.
+    Data,
+}
+
+fn orders(world: &mut World, dice: &mut Dice, about: About, handover: u64, storm: u64) {
     world.at(10, Event::Order(Order::Prepare));
     world.at(handover, Event::Order(Order::HandOver));
-    for _ in 0..dice.between(0, 7) {
+    let most = if about == About::Ownership { 7 } else { 2 };
+    for _ in 0..dice.between(0, most) {
         let order = match dice.between(0, 10) {
             0 | 1 => Order::Prepare,
-            2..=4 => Order::HandOver,
-            5 => Order::Cancel,
+            2..=5 => Order::HandOver,
+            6 => Order::Cancel,
             insist => Order::RollBack { insist: insist > 7 },
         };
         let delay = dice.between(100, storm);
         world.at(delay, Event::Order(order));
     }
-    let mut falls = Vec::new();
-    for _ in 0..dice.between(0, 4) {
-        falls.push((dice.between(0, 2) as usize, dice.between(100, storm)));
-    }
-    if dice.percent(40) {
-        // Something breaks close to the handover.
-        falls.push((dice.between(0, 2) as usize, handover + dice.between(0, 600)));
-    }
-    for (host, delay) in falls {
-        let fall = if dice.percent(40) { Event::PowerLoss(host) } else { Event::Crash(host) };
-        world.at(delay, fall);
-        let most = if dice.percent(70) { 600 } else { 6000 };
-        world.at(delay + dice.between(1, most), Event::Restart(host));
-    }
-    for _ in 0..dice.between(0, 4) {
-        let (delay, long) = (dice.between(100, storm), dice.between(50, storm));
+}
+
+fn links(world: &mut World, dice: &mut Dice, about: About, storm: u64) {
+    let long = if about == About::Ownership { storm } else { 900 };
+    for _ in 0..dice.between(0, 5) {
+        let (delay, long) = (dice.between(100, storm), dice.between(50, long));
         let cut = [[false, false], [true, false], [false, true]][dice.between(0, 3) as usize];
         world.at(delay, Event::Link(cut));
         world.at(delay + long, Event::Link([true, true]));
+        if about == About::Ownership {
+            nervous(world, dice, delay);
+        }
     }
     for _ in 0..dice.between(0, 3) {
-        let (host, delay, long) = (dice.between(0, 2) as usize, dice.between(100, storm), dice.between(50, storm));
+        let (host, delay, long) = (dice.between(0, 2) as usize, dice.between(100, storm), dice.between(50, long));
         world.at(delay, Event::Stall(host, long));
+        if about == About::Ownership && host == B {
+            nervous(world, dice, delay);
+        }
     }
+}
+
+/// An operator who sees that something is wrong, and perhaps wants the disk back, at once or as soon as it is safe.
+fn nervous(world: &mut World, dice: &mut Dice, delay: u64) {
+    if dice.percent(50) {
+        return;
+    }
+    let (mut delay, lease) = (delay, world.lease());
+    for _ in 0..dice.between(1, 5) {
+        delay += dice.between(50, lease);
+        let insist = dice.percent(40);
+        world.at(delay, Event::Order(Order::RollBack { insist }));
+    }
+}
+
+fn falls(world: &mut World, dice: &mut Dice, about: About, handover: u64, storm: u64) -> Vec<Ambush> {
+    let down = |dice: &mut Dice| {
+        let most = if dice.percent(80) { 500 } else { 6000 };
+        dice.between(1, most)
+    };
+    let fall = |dice: &mut Dice, host| if dice.percent(45) { Event::PowerLoss(host) } else { Event::Crash(host) };
+    let mut times = Vec::new();
+    let most = if about == About::Ownership { 4 } else { 2 };
+    for _ in 0..dice.between(0, most) {
+        times.push((dice.between(0, 2) as usize, dice.between(100, storm)));
+    }
+    if dice.percent(40) {
+        // Something breaks close to the handover.
+        times.push((dice.between(0, 2) as usize, handover + dice.between(0, 600)));
+    }
+    for (host, delay) in times {
+        let (fall, down) = (fall(dice, host), down(dice));
+        world.at(delay, fall);
+        world.at(delay + down, Event::Restart(host));
+    }
+    let most = if about == About::Data { 5 } else { 2 };
+    let mut ambushes: Vec<Ambush> = (0..dice.between(0, most))
+        .map(|_| {
+            let host = if dice.percent(85) { B } else { A };
+            Ambush { after: dice.between(0, 1500), fall: fall(dice, host), down: down(dice) }
+        })
+        .collect();
+    ambushes.sort_by_key(|ambush| std::cmp::Reverse(ambush.after));
+    ambushes
+}
+
+fn draw(world: &mut World, dice: &mut Dice, storm: u64) -> Vec<Ambush> {
+    let about = if dice.percent(50) { About::Ownership } else { About::Data };
+    let handover = dice.between(200, 1200);
+    orders(world, dice, about, handover, storm);
+    links(world, dice, about, storm);
+    let ambushes = falls(world, dice, about, handover, storm);
     if world.plant == Some(Plant::SourceWritten) {
         world.at(dice.between(handover, storm), Event::SourceWritten);
     }
     world.at(storm, Event::Calm);
-    world.at(0, Event::ClientA);
-    world.at(0, Event::ClientB);
-    world.at(0, Event::Guard);
-    world.at(0, Event::SourceTick);
+    for event in [Event::ClientA, Event::ClientB, Event::Guard, Event::SourceTick] {
+        world.at(0, event);
+    }
+    ambushes
 }
 
 /// One run.
@@ -74,14 +141,22 @@ pub fn run(seed: u64, plant: Option<Plant>, logged: bool) -> Outcome {
     let mut world = World::new(seed, plant, logged);
     let mut dice = Dice(!seed);
     let storm = storm(&mut dice);
-    draw(&mut world, &mut dice, storm);
-    let patient = if dice.percent(60) { dice.between(2_000, 60_000) } else { 0 };
+    let mut ambushes = draw(&mut world, &mut dice, storm);
+    let mut happened = 0;
+    let patient = if dice.percent(70) { dice.between(5_000, 60_000) } else { 0 };
     // The clients go on for a while after the storm.
     let ending = storm + dice.between(0, 1500);
     world.at(storm + 10, Event::Check);
     while let Some(event) = world.next_event() {
         let asks = matches!(event, Event::Check);
         world.happens(event);
+        happened += u64::from(world.b.model.is_some());
+        if let Some(Ambush { fall, down, .. }) = ambushes.pop_if(|ambush| ambush.after <= happened && !world.calm) {
+            if let Event::PowerLoss(host) | Event::Crash(host) = fall {
+                world.at(down, Event::Restart(host));
+            }
+            world.happens(fall);
+        }
         if asks {
             world.ending |= world.now >= ending;
             match world.source_phase() {
@@ -104,7 +179,7 @@ pub fn run(seed: u64, plant: Option<Plant>, logged: bool) -> Outcome {
             break;
         }
     }
-    Outcome { ended: world.source_phase(), broken: world.broken, log: world.log.unwrap_or_default() }
+    Outcome { ended: world.source_phase(), handed_over: happened > 0, broken: world.broken, log: world.log.unwrap_or_default() }
 }
 
 impl World {

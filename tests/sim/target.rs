@@ -154,7 +154,13 @@ impl World {
 
     /// The guard looks at its clock.
     pub fn guard(&mut self) {
-        let lazy = matches!(self.plant, Some(Plant::NoGuard | Plant::NoFence | Plant::FenceBehindTelling));
+        let node_lives = self.hosts[B].up && self.hosts[B].stalled_until <= self.now;
+        let lazy = match self.plant {
+            Some(Plant::NoGuard) => true,
+            // The guard would cover these up.
+            Some(Plant::NoFence | Plant::FenceBehindTelling) => node_lives,
+            _ => false,
+        };
         let over = self.b.guard.is_some_and(|end| self.clock(B) >= end);
         if over && !lazy && self.hosts[B].runs {
             note!(self, "B's guard freezes the container");

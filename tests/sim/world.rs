@@ -240,8 +240,8 @@ impl World {
         }
         let busy = dice.between(15, 90);
         let window = dice.between(1, 9);
-        let on_link_failure = if dice.percent(20) { OnLinkFailure::Rollback } else { OnLinkFailure::Wait };
-        let link_timeout = Duration::from_millis(dice.between(lease, lease * 4));
+        let on_link_failure = if dice.percent(30) { OnLinkFailure::Rollback } else { OnLinkFailure::Wait };
+        let link_timeout = Duration::from_millis(dice.between(lease / 2, lease * 3));
         let policy = LinkPolicy { on_link_failure, link_timeout };
         let starve_after = dice.percent(25).then(|| dice.between(100, 1000));
         Self {
