@@ -78,12 +78,12 @@ impl World {
 
     /// Puts a message on the link.
     fn send(&mut self, from: usize, message: Event) {
-        let copies = if self.calm || self.dice.percent(90) { 1 } else { 2 };
+        let copies = if self.is_quiet() || self.dice.percent(90) { 1 } else { 2 };
         for _ in 0..copies {
-            if !self.calm && (!self.link[from] || self.dice.percent(4)) {
+            if !self.calm && (!self.link[from] || (!self.is_quiet() && self.dice.percent(4))) {
                 continue;
             }
-            let most = if !self.calm && self.dice.percent(6) { self.lease() * 2 } else { 60 };
+            let most = if !self.is_quiet() && self.dice.percent(6) { self.lease() * 2 } else { 60 };
             let delay = self.dice.between(1, most);
             self.at(delay, message.clone());
         }

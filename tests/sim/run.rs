@@ -42,7 +42,9 @@ enum About {
 
 fn orders(world: &mut World, dice: &mut Dice, about: About, handover: u64, storm: u64) {
     world.at(10, Event::Order(Order::Prepare));
-    world.at(handover, Event::Order(Order::HandOver));
+    for again in 0..3 {
+        world.at(handover + 400 * again, Event::Order(Order::HandOver));
+    }
     let most = if about == About::Ownership { 7 } else { 2 };
     for _ in 0..dice.between(0, most) {
         let order = match dice.between(0, 10) {
@@ -51,15 +53,16 @@ fn orders(world: &mut World, dice: &mut Dice, about: About, handover: u64, storm
             6 => Order::Cancel,
             insist => Order::RollBack { insist: insist > 7 },
         };
-        let delay = dice.between(100, storm);
+        let delay = dice.between(if world.sheltered { handover } else { 100 }, storm);
         world.at(delay, Event::Order(order));
     }
 }
 
-fn links(world: &mut World, dice: &mut Dice, about: About, storm: u64) {
+fn links(world: &mut World, dice: &mut Dice, about: About, handover: u64, storm: u64) {
+    let early = if world.sheltered { handover } else { 100 };
     let long = if about == About::Ownership { storm } else { 900 };
     for _ in 0..dice.between(0, 5) {
-        let (delay, long) = (dice.between(100, storm), dice.between(50, long));
+        let (delay, long) = (dice.between(early, storm), dice.between(50, long));
         let cut = [[false, false], [true, false], [false, true]][dice.between(0, 3) as usize];
         world.at(delay, Event::Link(cut));
         world.at(delay + long, Event::Link([true, true]));
@@ -68,7 +71,7 @@ fn links(world: &mut World, dice: &mut Dice, about: About, storm: u64) {
         }
     }
     for _ in 0..dice.between(0, 3) {
-        let (host, delay, long) = (dice.between(0, 2) as usize, dice.between(100, storm), dice.between(50, long));
+        let (host, delay, long) = (dice.between(0, 2) as usize, dice.between(early, storm), dice.between(50, long));
         world.at(delay, Event::Stall(host, long));
         if about == About::Ownership && host == B {
             nervous(world, dice, delay);
@@ -104,6 +107,9 @@ fn falls(world: &mut World, dice: &mut Dice, about: About, handover: u64, storm:
         // Something breaks close to the handover.
         times.push((dice.between(0, 2) as usize, handover + dice.between(0, 600)));
     }
+    if world.sheltered {
+        times.iter_mut().for_each(|(_, delay)| *delay += handover);
+    }
     for (host, delay) in times {
         let (fall, down) = (fall(dice, host), down(dice));
         world.at(delay, fall);
@@ -113,7 +119,8 @@ fn falls(world: &mut World, dice: &mut Dice, about: About, handover: u64, storm:
     let mut ambushes: Vec<Ambush> = (0..dice.between(0, most))
         .map(|_| {
             let host = if dice.percent(85) { B } else { A };
-            Ambush { after: dice.between(0, 1500), fall: fall(dice, host), down: down(dice) }
+            let soon = if dice.percent(50) { 300 } else { 1500 };
+            Ambush { after: dice.between(0, soon), fall: fall(dice, host), down: down(dice) }
         })
         .collect();
     ambushes.sort_by_key(|ambush| std::cmp::Reverse(ambush.after));
@@ -122,9 +129,9 @@ fn falls(world: &mut World, dice: &mut Dice, about: About, handover: u64, storm:
 
 fn draw(world: &mut World, dice: &mut Dice, storm: u64) -> Vec<Ambush> {
     let about = if dice.percent(50) { About::Ownership } else { About::Data };
-    let handover = dice.between(200, 1200);
+    let handover = dice.between(350, 1200);
     orders(world, dice, about, handover, storm);
-    links(world, dice, about, storm);
+    links(world, dice, about, handover, storm);
     let ambushes = falls(world, dice, about, handover, storm);
     if world.plant == Some(Plant::SourceWritten) {
         world.at(dice.between(handover, storm), Event::SourceWritten);
@@ -215,8 +222,8 @@ impl World {
             Event::StepA { life, request, last } if life == self.hosts[A].life => self.step_at_a(request, last),
             Event::SourceWritten if self.a.freeze.is_some() => self.write_at_the_source(),
             Event::Order(order) => self.order(order),
-            Event::Crash(host) => self.crash(host),
-            Event::PowerLoss(host) => self.power_loss(host),
+            Event::Crash(host) if !self.calm => self.crash(host),
+            Event::PowerLoss(host) if !self.calm => self.power_loss(host),
             Event::Restart(host) if !self.calm => self.restart(host),
             Event::Link(link) if !self.calm => {
                 note!(self, "link from A {}, from B {}", link[0], link[1]);

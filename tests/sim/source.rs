@@ -82,7 +82,7 @@ impl World {
                 }
                 SourceEffect::Seal => {
                     self.hosts[A].gate = Gate::ReadOnly;
-                    let (delay, ok) = (self.dice.between(1, 10), self.calm || !self.dice.percent(3));
+                    let (delay, ok) = (self.dice.between(1, 10), self.is_quiet() || !self.dice.percent(3));
                     self.at(delay, Event::SourceDone { life, effect, ok });
                 }
                 SourceEffect::CheckUnchanged

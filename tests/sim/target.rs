@@ -21,7 +21,7 @@ use super::world::note;
 impl World {
     /// Whether writing a record succeeds.
     pub fn write_works(&mut self, host: usize) -> bool {
-        let fails = !self.calm && self.dice.percent(2);
+        let fails = !self.is_quiet() && self.dice.percent(2);
         let journal = if host == A { &mut self.a.journal } else { &mut self.b.journal };
         journal.poisoned |= fails;
         !journal.poisoned
