@@ -94,7 +94,9 @@ impl World {
     /// B's process has opened its export again: what it holds, with the source behind it, is right.
     pub fn check_reopened(&mut self) {
         let lost_power = std::mem::take(&mut self.b.power_lost);
-        let (Some(media), Some(export), Some(model)) = (&self.b.media, &self.b.export, &mut self.b.model) else { return };
+        let (Some(media), Some(export), Some(model)) = (&self.b.media, &self.b.export, &mut self.b.model) else {
+            return;
+        };
         // After a rollback nobody reads it any more, and the source behind it has gone on.
         let epoch = self.b.recorded.as_ref().map(|it| it.epoch);
         if self.a.recorded.as_ref().map(|it| it.epoch) != epoch {
@@ -110,7 +112,8 @@ impl World {
             };
             let fits = if lost_power { model.may_survive(cell, value) } else { model.may_hold(cell, value) };
             if !fits {
-                let (rule, text) = (if lost_power { Rule::PowerLoss } else { Rule::ProcessDeath }, model.describe(cell));
+                let (rule, text) =
+                    (if lost_power { Rule::PowerLoss } else { Rule::ProcessDeath }, model.describe(cell));
                 return self.violate(rule, || format!("block {block} holds {value} (present: {present}); {text}"));
             }
             holds.push(value);

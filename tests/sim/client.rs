@@ -6,9 +6,9 @@ use std::ops::Range;
 
 use super::dice::Dice;
 use super::model::{Mark, some_cells};
-use super::world::note;
 use super::plants::{Plant, Rule};
 use super::shape::Value;
+use super::world::note;
 use super::world::{A, B, Event, Gate, World};
 
 /// What is asked.
@@ -53,8 +53,11 @@ impl World {
         let kind = Self::chosen(&mut self.dice, self.next_value);
         let cells = if kind == Kind::Flush { 0..self.shape.cells } else { some_cells(&mut self.dice, self.shape) };
         let fua = matches!(kind, Kind::Write(_) | Kind::Zero) && self.dice.percent(15);
-        let (pending, model): (&BTreeMap<u64, ClientRequest>, _) =
-            if host == A { (&self.a.pending, Some(&mut self.a.model)) } else { (&self.b.kernel, self.b.model.as_mut()) };
+        let (pending, model): (&BTreeMap<u64, ClientRequest>, _) = if host == A {
+            (&self.a.pending, Some(&mut self.a.model))
+        } else {
+            (&self.b.kernel, self.b.model.as_mut())
+        };
         let model = model?;
         let meets = |other: &ClientRequest| {
             let overlap = other.cells.start < cells.end && cells.start < other.cells.end;
@@ -168,7 +171,7 @@ impl World {
                 let seen = &self.a.store.cache[cells.clone()];
                 if let Some(cell) = self.a.model.wrong_read(cells, mark, seen) {
                     let (seen, text) = (seen[cell - cells.start], self.a.model.describe(cell));
-                    return self.violate(Rule::Reads, || format!("a read at the source saw {seen} in {text}"));
+                    self.violate(Rule::Reads, || format!("a read at the source saw {seen} in {text}"));
                 }
             }
             Kind::Flush => {
@@ -206,5 +209,4 @@ impl World {
         self.next_value = value;
         self.a.store.write(cell, value);
     }
-
 }

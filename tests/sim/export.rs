@@ -7,6 +7,7 @@ use std::ops::Range;
 use lazy_migrate::block_map::codec::PageWords;
 use lazy_migrate::block_map::{BlockMap, WORDS_PER_PAGE};
 use lazy_migrate::fetch::queue::{ClaimId, Claimed, Class, FetchQueue, Ticket};
+use lazy_migrate::migration::phase::DestinationPhase;
 use lazy_migrate::pull::{Order, PullOrder};
 use lazy_migrate::units::{BlockIndex, BlockRange};
 
@@ -186,14 +187,14 @@ impl World {
     /// A request goes on.
     pub fn go(&mut self, request: u64) {
         let serves = self.target_may_write();
-        let closed = self.hosts[B].gate == Gate::Closed;
+        let (closed, held) = (self.hosts[B].gate == Gate::Closed, self.hosts[B].gate == Gate::Held);
         let Some(export) = &mut self.b.export else { return };
         let (id, Some(running)) = (export.id, export.running.get_mut(&request)) else { return };
         match &running.stage {
             Stage::Begin | Stage::Answer(_) if closed => {
-                export.running.remove(&request);
-                self.b.kernel.remove(&request);
+                self.fails(request);
             }
+            Stage::Begin | Stage::Answer(_) if held && self.plant == Some(Plant::HeldFails) => self.fails(request),
             Stage::Begin | Stage::Answer(_) if !serves => export.held.push_back(request),
             Stage::Begin => match self.b.kernel.get(&request).map(|it| it.kind) {
                 Some(Kind::Read) => self.read(request),
@@ -222,6 +223,18 @@ impl World {
                 self.mark_changed(request, &change);
             }
             Stage::Flush => {}
+        }
+    }
+
+    /// A request ends with an error: only where the disk is gone for good.
+    fn fails(&mut self, request: u64) {
+        if let Some(export) = &mut self.b.export {
+            export.running.remove(&request);
+        }
+        self.b.kernel.remove(&request);
+        let phase = self.b.machine.as_ref().map(|machine| machine.record().phase);
+        if phase != Some(DestinationPhase::Discarded) {
+            self.violate(Rule::Held, || format!("request {request} fails, and the disk may come back ({phase:?})"));
         }
     }
 
@@ -300,7 +313,8 @@ impl World {
 
     /// One whole try of a change.
     fn attempt(&mut self, request: u64) {
-        let Some((cells, trim)) = self.b.kernel.get(&request).map(|it| (it.cells.clone(), it.kind == Kind::Trim)) else {
+        let Some((cells, trim)) = self.b.kernel.get(&request).map(|it| (it.cells.clone(), it.kind == Kind::Trim))
+        else {
             return;
         };
         let (cover, mut inside) = (self.shape.cover(&cells), self.shape.inside(&cells));
@@ -309,7 +323,10 @@ impl World {
         if export.map.is_present(cover) {
             export.map.set_dirty(cover);
         } else {
-            let ends = [BlockRange::new(cover.start, inside.start.min(cover.end)), BlockRange::new(inside.end.max(cover.start), cover.end)];
+            let ends = [
+                BlockRange::new(cover.start, inside.start.min(cover.end)),
+                BlockRange::new(inside.end.max(cover.start), cover.end),
+            ];
             let edges = if inside.is_empty() { vec![cover] } else { ends.to_vec() };
             let missing = edges.into_iter().find(|edge| !edge.is_empty() && !export.map.is_present(*edge));
             match missing {
@@ -458,7 +475,10 @@ impl World {
             flusher.snapshot = Some(export.map.snapshot(0));
         }
         match &flusher.snapshot {
-            Some(_) if self.plant == Some(Plant::FlushWithoutMap) && flusher.current.iter().any(|it| matches!(it, FlushFor::Request(_))) => {
+            Some(_)
+                if self.plant == Some(Plant::FlushWithoutMap)
+                    && flusher.current.iter().any(|it| matches!(it, FlushFor::Request(_))) =>
+            {
                 export.map.mark_changed(0);
                 self.flush_ended();
             }

@@ -10,9 +10,9 @@ use lazy_migrate::pull::Step;
 use lazy_migrate::units::{BlockRange, ByteRange};
 
 use super::export::Media;
-use super::world::note;
 use super::plants::{Plant, Rule};
 use super::shape::Value;
+use super::world::note;
 use super::world::{A, B, Event, World};
 
 /// One lane and its connection.
@@ -45,7 +45,11 @@ enum Body {
     /// The bytes, or a refusal.
     Bytes(Outgoing, Option<Vec<Value>>),
     AskMaps,
-    Maps { heat: Vec<(ByteRange, u32)>, hot: Vec<bool>, zero: Vec<ByteRange> },
+    Maps {
+        heat: Vec<(ByteRange, u32)>,
+        hot: Vec<bool>,
+        zero: Vec<ByteRange>,
+    },
 }
 
 /// A flight whose bytes are on their way into the store.
@@ -159,11 +163,14 @@ impl World {
             return;
         }
         let forgotten = |block: &u64| {
-            let one = BlockRange::new(lazy_migrate::units::BlockIndex(*block), lazy_migrate::units::BlockIndex(block + 1));
+            let one =
+                BlockRange::new(lazy_migrate::units::BlockIndex(*block), lazy_migrate::units::BlockIndex(block + 1));
             hot[*block as usize] && !named[*block as usize] && !export.map.is_present(one)
         };
         if let Some(block) = (0..export.map.blocks()).find(forgotten) {
-            self.violate(Rule::Order, || format!("block {} is pulled before block {block}, which was written", step.start.0));
+            self.violate(Rule::Order, || {
+                format!("block {} is pulled before block {block}, which was written", step.start.0)
+            });
         }
     }
 
@@ -294,7 +301,8 @@ impl World {
         };
         let is_zero = |range| self.a.store.cache[self.shape.cells_of(range)].iter().all(|value| *value == 0);
         let zero = (0..self.shape.blocks()).map(bytes).filter(|(range, _)| is_zero(*range)).map(|(_, bytes)| bytes);
-        let heat = if self.plant == Some(Plant::HeatDropped) { Vec::new() } else { self.a.tracker.heat(self.queue_time()) };
+        let heat =
+            if self.plant == Some(Plant::HeatDropped) { Vec::new() } else { self.a.tracker.heat(self.queue_time()) };
         Body::Maps { heat, hot: self.a.written.clone(), zero: zero.collect() }
     }
 
@@ -377,4 +385,3 @@ fn write_parts(media: &mut Media, shape: super::shape::Shape, landing: &Landing)
         }
     }
 }
-

@@ -82,6 +82,11 @@ impl Model {
         cell.values[cell.flushed..].contains(&value)
     }
 
+    /// Nothing was ever written to it: it is still this content.
+    pub fn is_untouched(&self, content: &[Value]) -> bool {
+        self.cells.iter().zip(content).all(|(cell, value)| cell.values == [*value])
+    }
+
     /// What a cell may hold, for people.
     pub fn describe(&self, cell: usize) -> String {
         let Cell { values, acknowledged, flushed } = &self.cells[cell];

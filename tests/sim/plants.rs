@@ -5,71 +5,43 @@ use std::fmt;
 /// A mistake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plant {
-    /// The lease is counted from the answer to a beat instead of from its sending.
     LeaseFromAnswer,
-    /// The source takes the disk back at once when the destination is silent.
     SilenceIsEnough,
-    /// The destination is told of the handover before that is recorded.
     TellBeforeRecord,
-    /// The destination serves before it has recorded that it owns the disk.
     OpenBeforeRecord,
-    /// The destination's container is not frozen when the lease ends.
     NoFence,
-    /// The destination looks at its lease only by a timer.
     GateWithoutDeadline,
-    /// A fence waits until the source has answered that it was released.
     FenceBehindTelling,
-    /// The destination hears of its release before that is recorded.
     ReleasedBeforeRecord,
-    /// No guard freezes the container while the destination's node stands still.
     NoGuard,
-    /// A record counts as durable once it was written, without a sync.
     JournalWithoutSync,
-    /// A record that was cut short stays where it is, and the next one is written behind it.
     TornRecordKept,
-    /// A record that was cut short is taken as a whole one.
     TornRecordTaken,
-    /// The seal does not wait for writes that were admitted before it.
     SealWithoutDrain,
-    /// The seal does not make the source's disk durable.
     SealWithoutSync,
-    /// Something writes to the source's disk after the handover.
     SourceWritten,
-    /// The destination fetches before the disk is handed over.
     FetchBeforeHandover,
-    /// A fetch lands on all of its blocks, also on those that were written meanwhile.
     FetchOverWrite,
-    /// A partial write of a missing block is not merged with the source's bytes.
     PartialWithoutMerge,
-    /// A missing block reads as zeroes while the link is cut.
     ZeroesWhenCut,
-    /// Of several who wait for one flight only the first is woken.
     LostWake,
-    /// Whoever waits for several flights is woken by each.
     WokenTwice,
-    /// A write is acknowledged before its blocks are marked.
     AckBeforeBits,
-    /// After a process's death the durable map counts instead of the live one.
     LiveMapForgotten,
-    /// After a power loss the live map counts.
     LiveMapTrusted,
-    /// The map's bits are taken after the bytes were synced, not before.
     BitsBeforeBytes,
-    /// The map's page is written over its last good copy.
     OneSlot,
-    /// FLUSH is answered before anything is durable.
     FlushBeforeSync,
-    /// FLUSH makes the bytes durable, and not the map.
     FlushWithoutMap,
-    /// The source is told that all is durable once all is present.
     ReleaseWithoutDurable,
-    /// What the source's tracker says is dropped on the way.
     HeatDropped,
+    HeldFails,
+    RestoredAgain,
 }
 
 impl Plant {
     /// Each of them.
-    pub const ALL: [Plant; 30] = [
+    pub const ALL: [Plant; 32] = [
         Plant::LeaseFromAnswer,
         Plant::SilenceIsEnough,
         Plant::TellBeforeRecord,
@@ -100,7 +72,51 @@ impl Plant {
         Plant::FlushWithoutMap,
         Plant::ReleaseWithoutDurable,
         Plant::HeatDropped,
+        Plant::HeldFails,
+        Plant::RestoredAgain,
     ];
+
+    /// What is done wrong.
+    pub fn mistake(self) -> &'static str {
+        match self {
+            Plant::LeaseFromAnswer => "the lease is counted from the answer to a beat instead of from its sending",
+            Plant::SilenceIsEnough => "the source takes the disk back at once when the destination is silent",
+            Plant::TellBeforeRecord => "the destination is told of the handover before that is recorded",
+            Plant::OpenBeforeRecord => "the destination serves before it has recorded that it owns the disk",
+            Plant::NoFence => "the destination's container is not frozen when the lease ends",
+            Plant::GateWithoutDeadline => "the destination looks at its lease only by a timer",
+            Plant::FenceBehindTelling => "a fence waits until the source has answered that it was released",
+            Plant::ReleasedBeforeRecord => "the destination hears of its release before that is recorded",
+            Plant::NoGuard => "no guard freezes the container while the destination's node stands still",
+            Plant::JournalWithoutSync => "a record counts as durable once it was written, without a sync",
+            Plant::TornRecordKept => {
+                "a record that was cut short stays where it is, and the next one is written behind it"
+            }
+            Plant::TornRecordTaken => "a record that was cut short is taken as a whole one",
+            Plant::SealWithoutDrain => "the seal does not wait for writes that were admitted before it",
+            Plant::SealWithoutSync => "the seal does not make the source's disk durable",
+            Plant::SourceWritten => "something writes to the source's disk after the handover",
+            Plant::FetchBeforeHandover => "the destination fetches before the disk is handed over",
+            Plant::FetchOverWrite => "a fetch lands on all of its blocks, also on those that were written meanwhile",
+            Plant::PartialWithoutMerge => "a partial write of a missing block is not merged with the source's bytes",
+            Plant::ZeroesWhenCut => "a missing block reads as zeroes while the link is cut",
+            Plant::LostWake => "of several who wait for one flight only the first is woken",
+            Plant::WokenTwice => "whoever waits for several flights is woken by each",
+            Plant::AckBeforeBits => "a write is acknowledged before its blocks are marked",
+            Plant::LiveMapForgotten => "after a process's death the durable map counts instead of the live one",
+            Plant::LiveMapTrusted => "after a power loss the live map counts",
+            Plant::BitsBeforeBytes => "the map's bits are taken after the bytes were synced, not before",
+            Plant::OneSlot => "the map's page is written over its last good copy",
+            Plant::FlushBeforeSync => "FLUSH is answered before anything is durable",
+            Plant::FlushWithoutMap => "FLUSH makes the bytes durable, and not the map",
+            Plant::ReleaseWithoutDurable => "the source is told that all is durable once all is present",
+            Plant::HeatDropped => "what the source's tracker says is dropped on the way",
+            Plant::HeldFails => "the gate fails what it should hold",
+            Plant::RestoredAgain => {
+                "the checkpoint is restored a second time, after its container has changed the disk"
+            }
+        }
+    }
 }
 
 /// What must never be broken.
@@ -115,6 +131,8 @@ pub enum Rule {
     Waiters,
     Release,
     Order,
+    Held,
+    Memory,
     Journal,
     End,
 }
@@ -131,6 +149,8 @@ impl fmt::Display for Rule {
             Rule::Waiters => "every waiter wakes exactly once",
             Rule::Release => "release only on proof",
             Rule::Order => "what was written at the source is pulled first",
+            Rule::Held => "held requests wait, they do not fail",
+            Rule::Memory => "no old memory on a newer disk",
             Rule::Journal => "a journal can always be read",
             Rule::End => "the operator's command leads to one owner that serves",
         })

@@ -1,8 +1,8 @@
 //! One run: the weather is drawn, the operator types, and everything that happens is checked.
 
 use super::dice::Dice;
-use super::world::note;
 use super::plants::{Plant, Rule};
+use super::world::note;
 use super::world::{A, B, Event, Order, World};
 use lazy_migrate::migration::phase::SourcePhase;
 
@@ -186,7 +186,12 @@ pub fn run(seed: u64, plant: Option<Plant>, logged: bool) -> Outcome {
             break;
         }
     }
-    Outcome { ended: world.source_phase(), handed_over: happened > 0, broken: world.broken, log: world.log.unwrap_or_default() }
+    Outcome {
+        ended: world.source_phase(),
+        handed_over: happened > 0,
+        broken: world.broken,
+        log: world.log.unwrap_or_default(),
+    }
 }
 
 impl World {

@@ -7,11 +7,11 @@ use lazy_migrate::migration::phase::SourcePhase;
 use lazy_migrate::migration::record::{MigrationId, Record, RollbackMode, SourceContainer, SourceRecord};
 use lazy_migrate::units::{Epoch, ImageMark};
 
+use super::failure;
 use super::link::{Body, Envelope, Purpose, Reply};
 use super::plants::Plant;
-use super::world::{A, Event, Gate, Order, Waiting, World};
-use super::failure;
 use super::world::note;
+use super::world::{A, Event, Gate, Order, Waiting, World};
 
 impl World {
     pub fn source_phase(&self) -> SourcePhase {

@@ -10,13 +10,13 @@ use lazy_migrate::migration::record::{DestinationContainer, DestinationRecord, M
 use lazy_migrate::units::BlockIndex;
 
 use super::export::Media;
+use super::failure;
 use super::link::{Body, Envelope, Purpose, Reply};
 use super::model::Model;
-use super::plants::Plant;
+use super::plants::{Plant, Rule};
 use super::shape::{CELLS, block_size};
-use super::world::{A, B, Event, Gate, Waiting, World};
-use super::failure;
 use super::world::note;
+use super::world::{A, B, Event, Gate, Waiting, World};
 
 impl World {
     /// Whether writing a record succeeds.
@@ -59,7 +59,8 @@ impl World {
                     return self.reply(&envelope, Reply::No);
                 }
                 // Once restored it may have changed the disk: the checkpoint's memory does not fit any more.
-                if !self.b.restoring && !self.b.restored {
+                let again = self.plant == Some(Plant::RestoredAgain) && !self.hosts[B].runs && !self.hosts[B].frozen;
+                if !self.b.restoring && (!self.b.restored || again) {
                     self.b.restoring = true;
                     let most = self.lease();
                     let delay = self.dice.between(10, most);
@@ -327,6 +328,13 @@ impl World {
             return self.at(200, Event::Restored { life, migration });
         }
         self.b.restoring = false;
+        let untouched = match (&self.b.model, &self.a.freeze) {
+            (Some(model), Some(freeze)) => model.is_untouched(freeze),
+            _ => true,
+        };
+        if !untouched {
+            self.violate(Rule::Memory, || "the checkpoint is restored on a disk that was written since".into());
+        }
         (self.hosts[B].runs, self.b.restored, self.b.attached) = (true, true, true);
         self.start_pull();
         self.destination_event(DestinationEvent::Resumed { runs: true });

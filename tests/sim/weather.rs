@@ -6,8 +6,8 @@ use lazy_migrate::migration::record::Record;
 use lazy_migrate::tracker::Tracker;
 
 use super::media::Torn;
-use super::world::note;
 use super::plants::{Plant, Rule};
+use super::world::note;
 use super::world::{A, B, Event, Gate, World};
 
 const NAMES: [&str; 2] = ["A", "B"];

@@ -132,30 +132,68 @@ pub struct TargetSide {
 
 #[derive(Clone, Debug)]
 pub enum Event {
-    SourceDone { life: u64, effect: SourceEffect, ok: bool },
-    DestinationDone { life: u64, effect: DestinationEffect, ok: bool },
+    SourceDone {
+        life: u64,
+        effect: SourceEffect,
+        ok: bool,
+    },
+    DestinationDone {
+        life: u64,
+        effect: DestinationEffect,
+        ok: bool,
+    },
     Question(Envelope),
     Answer(Envelope, Reply),
-    Beat { life: u64 },
-    Restored { life: u64, migration: String },
-    Verified { life: u64 },
+    Beat {
+        life: u64,
+    },
+    Restored {
+        life: u64,
+        migration: String,
+    },
+    Verified {
+        life: u64,
+    },
     /// After a restart it was looked whether the container has outlived the node.
-    Looked { life: u64 },
+    Looked {
+        life: u64,
+    },
     Guard,
     SourceTick,
-    Go { export: u64, request: u64 },
+    Go {
+        export: u64,
+        request: u64,
+    },
     Land(Landing),
-    Flushed { export: u64 },
-    Persist { export: u64 },
-    Pump { export: u64 },
-    Dialled { export: u64, lane: usize },
-    Data { from: usize, message: Message },
+    Flushed {
+        export: u64,
+    },
+    Persist {
+        export: u64,
+    },
+    Pump {
+        export: u64,
+    },
+    Dialled {
+        export: u64,
+        lane: usize,
+    },
+    Data {
+        from: usize,
+        message: Message,
+    },
     Lost(Message),
     ClientA,
     ClientB,
-    StepA { life: u64, request: u64, last: bool },
+    StepA {
+        life: u64,
+        request: u64,
+        last: bool,
+    },
     SourceWritten,
-    ColdStart { life: u64 },
+    ColdStart {
+        life: u64,
+    },
     Order(Order),
     Crash(usize),
     PowerLoss(usize),
