@@ -16,7 +16,7 @@ use super::lanes::Lane;
 use super::media::{LivePlanes, MapFile, Store};
 use super::plants::{Plant, Rule};
 use super::shape::{Shape, Value, block_size};
-use super::world::{B, Event, Gate, World};
+use super::world::{B, Event, Gate, World, note};
 
 /// The files of an export: they outlive the process.
 pub struct Media {
@@ -259,6 +259,8 @@ impl World {
         }
         export.flusher.unflushed = true;
         let woken = change.claim.map_or(Vec::new(), |claim| export.queue.release(claim));
+        note!(self, "B: {request} releases {:?}, which wakes {woken:?}", change.claim);
+        let Some(export) = &mut self.b.export else { return };
         if early {
             export.running.remove(&request);
         } else if let Some(running) = export.running.get_mut(&request) {
@@ -307,6 +309,7 @@ impl World {
         // From here on the reader's neighbourhood comes first, whatever the source wrote.
         export.named = None;
         export.waiters.insert(ticket, request);
+        note!(self, "B: {request} waits for {missing:?} with {ticket:?}");
         self.pump();
         true
     }
@@ -348,9 +351,11 @@ impl World {
                 match export.queue.claim(inside) {
                     Claimed::Wait(ticket) => {
                         export.waiters.insert(ticket, request);
+                        note!(self, "B: {request} waits for a landing with {ticket:?}");
                         return;
                     }
                     Claimed::Granted(claim, finished) => {
+                        note!(self, "B: {request} claims {inside:?} as {claim:?}, which wakes {finished:?}");
                         change.claim = Some(claim);
                         change.inside = Some(inside);
                         self.wake(finished);

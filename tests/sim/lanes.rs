@@ -227,6 +227,7 @@ impl World {
         *lane = Lane::default();
         if let Some(export) = &mut self.b.export {
             export.queue.lost(message.carrier);
+            note!(self, "B: {:?} is lost", message.carrier);
         }
         self.pump();
     }
@@ -336,6 +337,8 @@ impl World {
             });
         }
         let landed = export.queue.landed(landing.flight.id);
+        note!(self, "B: {:?} has landed on {:?}: {landed:?}", landing.flight, landing.parts);
+        let Some(export) = &mut self.b.export else { return };
         if let Some(values) = &landing.values {
             let first = self.shape.cells_of(landing.flight.range).start;
             for ticket in &landed.joined {
