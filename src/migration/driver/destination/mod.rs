@@ -153,6 +153,8 @@ impl Driver {
                 }
                 frozen = pending(&mut self.guarding) => {
                     self.guarding = None;
+                    // This node may have stood still since: then its lease is over, and thawing would make a second owner.
+                    self.machine.handle(clock::now(), DestinationEvent::Tick);
                     // It froze while the lease was being renewed.
                     if frozen && self.machine.record().phase == DestinationPhase::Active && !self.starving {
                         self.world.hold.set_frozen(false);
