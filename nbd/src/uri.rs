@@ -5,6 +5,7 @@
 //! of the name.
 
 use std::fmt;
+use std::net::Ipv6Addr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -73,10 +74,22 @@ fn parse(text: &str) -> Result<NbdUri, &'static str> {
         (false, None) => {
             let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
             let (host, port) = split_host(host)?;
-            Address::Tcp { host: decode(&host)?, port: port.unwrap_or(DEFAULT_PORT) }
+            let host = decode(&host)?;
+            if !is_host(&host) {
+                return Err("the host is not a name or an address");
+            }
+            Address::Tcp { host, port: port.unwrap_or(DEFAULT_PORT) }
         }
     };
     Ok(NbdUri { address, export, tls })
+}
+
+/// Whether a decoded host can be one: with a colon only an IPv6 address, perhaps with a zone.
+fn is_host(host: &str) -> bool {
+    let (address, zone) = host.split_once('%').map_or((host, None), |(address, zone)| (address, Some(zone)));
+    let has_colon = host.contains(':');
+    let right = if has_colon { address.parse::<Ipv6Addr>().is_ok() } else { zone.is_none() };
+    right && !host.chars().any(|letter| letter.is_whitespace() || letter.is_control() || "/?#@[]".contains(letter))
 }
 
 fn decode(text: &str) -> Result<String, &'static str> {
@@ -101,9 +114,18 @@ impl fmt::Display for NbdUri {
                 let path = path.to_string_lossy();
                 write!(f, "nbd{s}+unix:///{export}?socket={}", utf8_percent_encode(&path, ENCODED))
             }
-            Address::Tcp { host, port: DEFAULT_PORT } if host.contains(':') => write!(f, "nbd{s}://[{host}]/{export}"),
-            Address::Tcp { host, port: DEFAULT_PORT } => write!(f, "nbd{s}://{host}/{export}"),
-            address => write!(f, "nbd{s}://{address}/{export}"),
+            Address::Tcp { host, port } => {
+                let encoded = utf8_percent_encode(host, ENCODED);
+                if host.contains(':') {
+                    write!(f, "nbd{s}://[{encoded}]")?;
+                } else {
+                    write!(f, "nbd{s}://{encoded}")?;
+                }
+                match *port {
+                    DEFAULT_PORT => write!(f, "/{export}"),
+                    port => write!(f, ":{port}/{export}"),
+                }
+            }
         }
     }
 }
@@ -143,6 +165,9 @@ mod tests {
             ("nbd+vsock:///x", "vsock"),
             ("nbd:///x", "host is missing"),
             ("nbd://host:x/", "port"),
+            ("nbd://%20b", "the host is not"),
+            ("nbd://a%3Ab", "the host is not"),
+            ("nbd://[x%25:]", "the host is not"),
             ("nbd://host/%zz", "hexadecimal"),
             ("nbd://host/%ff", "UTF-8"),
             ("nbd://host/%00", "NUL"),
@@ -163,6 +188,8 @@ mod tests {
             for address in [
                 Address::Unix(path.clone().into()),
                 Address::Tcp { host: "::1".into(), port },
+                Address::Tcp { host: "fe80::1%eth0".into(), port },
+                Address::Tcp { host: "hôte".into(), port },
                 Address::Tcp { host: "host".into(), port },
             ] {
                 let uri = NbdUri { address, export: export.clone(), tls };

@@ -3,15 +3,14 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use common::{Probe, Raw, Verdict, until, within};
+use common::{Probe, Raw, Verdict, within};
 use nbd::client::{Client, ConnectOptions};
 use nbd::export::Extent;
-use nbd::limits::{MAX_BYTES_IN_FLIGHT, MAX_PAYLOAD, MAX_REQUESTS_IN_FLIGHT};
-use nbd::server::{Draining, Ended, ServeOptions, ServerError};
-use nbd::wire::{ChunkFlags, ChunkType, Command, CommandFlags, Errno, Framing, SimpleReply, TransmissionFlags};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use nbd::limits::MAX_PAYLOAD;
+use nbd::server::ServeOptions;
+use nbd::wire::{ChunkFlags, ChunkType, Command, CommandFlags, Errno, Framing, TransmissionFlags};
+use tokio::io::AsyncWriteExt;
 use tokio_util::sync::CancellationToken;
 
 const SIZE: usize = 1 << 20;

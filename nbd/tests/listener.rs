@@ -144,7 +144,7 @@ async fn clients_in_the_handshake_do_not_take_the_place_of_others() {
     let options = ServeOptions {
         max_connections: 1,
         max_handshakes: 3,
-        handshake_time: Duration::from_millis(300),
+        handshake_time: Duration::from_secs(2),
         ..ServeOptions::default()
     };
     let (shutdown, running) = run(listener, exports(), options);

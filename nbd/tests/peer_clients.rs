@@ -6,10 +6,13 @@ mod peers;
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use common::{Probe, Verdict};
+use nbd::client::ConnectOptions;
+use nbd::export::Extent;
 use nbd::memory::MemoryDisk;
 use nbd::wire::{Command, Errno};
-use peers::{OurServer, attempt, run};
+use peers::{OurServer, TheirServer, attempt, run};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -50,13 +53,27 @@ async fn nbdinfo_shows_the_export() {
     let (_, server) = serve(content()).await;
     let uri = server.uri();
     assert_eq!(run("nbdinfo", &["--size", &uri]).await.trim(), content().len().to_string());
-    for can in ["flush", "fua", "trim", "zero", "df", "multi-conn", "cache"] {
+    for can in ["flush", "fua", "trim", "zero", "fast-zero", "df", "multi-conn", "cache", "connect"] {
         run("nbdinfo", &["--can", can, &uri]).await;
     }
     assert!(!attempt("nbdinfo", &["--is", "readonly", &uri]).await.0);
     let info = run("nbdinfo", &[&uri]).await;
     for line in ["block_size_minimum: 1", "block_size_preferred: 4096", "block_size_maximum: 33554432"] {
         assert!(info.contains(line), "{info}");
+    }
+    let json = run("nbdinfo", &["--json", &uri]).await;
+    for part in [
+        "\"protocol\": \"newstyle-fixed\"",
+        "\"structured\": true",
+        "\"block_size_preferred\": 4096",
+        "\"can_fast_zero\": true",
+    ] {
+        assert!(json.contains(part), "{part} in {json}");
+    }
+    let json = run("nbdinfo", &["--map", "--json", &uri]).await;
+    assert!(json.contains("\"description\": \"hole,zero\""), "{json}");
+    for not in ["readonly", "rotational"] {
+        assert!(!attempt("nbdinfo", &["--is", not, &uri]).await.0, "{not}");
     }
     let list = run("nbdinfo", &["--list", &uri]).await;
     assert!(list.contains("export=\"disk\":") && list.contains("base:allocation"), "{list}");
@@ -152,7 +169,8 @@ refused(errno.ENOSPC, lambda: h.pwrite(b'ab', 99999))
 refused(errno.ENOSPC, lambda: h.zero(2, 99999))
 refused(errno.EINVAL, lambda: h.trim(2, 99999))
 refused(errno.EINVAL, lambda: h.cache(2, 99999))
-refused(errno.EINVAL, lambda: h.zero(2, 0, nbd.CMD_FLAG_FAST_ZERO))
+h.zero(2, 0, nbd.CMD_FLAG_FAST_ZERO)
+h.zero(2, 0, nbd.CMD_FLAG_FAST_ZERO | nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FUA)
 refused(errno.EINVAL, lambda: h.flush(nbd.CMD_FLAG_REQ_ONE))
 assert h.pread(5, 4094) == b'hello'
 h.shutdown()
@@ -226,4 +244,55 @@ h.flush()
 h.shutdown()
 ";
     nbdsh(&server, script).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn qemu_shows_the_export_and_its_map() {
+    let (_, server) = serve(content()).await;
+    let info = run("qemu-img", &["info", "--output=json", "-f", "raw", &server.uri()]).await;
+    // In whole sectors.
+    let size = content().len().next_multiple_of(512);
+    assert!(info.contains(&format!("\"virtual-size\": {size}")), "{info}");
+    let map = run("qemu-img", &["map", "--output=json", "-f", "raw", &server.uri()]).await;
+    let hole = format!("\"start\": {}, \"length\": {}", 2 << 20, 3 << 20);
+    assert!(map.lines().any(|line| line.contains(&hole) && line.contains("\"zero\": true")), "{map}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn holes_arrive_as_holes_at_libnbd() {
+    let (_, server) = serve(content()).await;
+    let script = "
+h.connect_uri(uri)
+seen = []
+def chunk(data, offset, status, error):
+    seen.append((offset, len(data), status))
+data = h.pread_structured(4 << 20, 1 << 20, chunk)
+assert seen == [(1 << 20, 1 << 20, nbd.READ_DATA), (2 << 20, 3 << 20, nbd.READ_HOLE)], seen
+assert data == h.pread(4 << 20, 1 << 20, nbd.CMD_FLAG_DF)
+h.shutdown()
+";
+    nbdsh(&server, script).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn fio_verifies_what_it_wrote() {
+    let (_, server) = serve(vec![0; 16 << 20]).await;
+    let uri = format!("--uri={}", server.uri());
+    let job = ["--name=x", "--ioengine=nbd", "--rw=randrw", "--bs=4k", "--size=16m", "--iodepth=32", "--fsync=64"];
+    let verify = ["--verify=crc32c", "--verify_fatal=1", "--randseed=1", "--output-format=terse"];
+    run("fio", &[&job[..], &verify, &[&uri]].concat()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn nbdkit_proxies_the_export() {
+    let (disk, server) = serve(content()).await;
+    let socket = format!("socket={}", server.path("s"));
+    let mut proxy = TheirServer::nbdkit(&["nbd", &socket, "export=disk"]);
+    let options = ConnectOptions { contexts: vec!["base:allocation".to_owned()], ..ConnectOptions::default() };
+    let client = proxy.connect(&options).await;
+    assert!(client.read(0, content().len()).await.unwrap() == content());
+    client.write(5, Bytes::from_static(b"through two servers"), true).await.unwrap();
+    assert_eq!(&disk.content()[5..24], b"through two servers");
+    let extents = client.block_status("base:allocation", 2 << 20, 3 << 20).await.unwrap();
+    assert_eq!(extents, [Extent { length: 3 << 20, flags: 3 }]);
 }

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use common::within;
-use nbd::client::{Client, ClientError, ConnectOptions};
+use nbd::client::{Client, ClientError, ConnectOptions, Reconnect, list};
 use nbd::export::{STATE_HOLE, STATE_ZERO, ZeroMode};
 use nbd::wire::{Errno, Framing};
-use peers::TheirServer;
+use peers::{NbdServer, TheirServer};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -95,6 +95,11 @@ async fn nbdkit_does_every_command() {
         (vec!["--no-sr", "memory", &size], false, true),
         (vec!["--mask-handshake=0", "memory", &size], false, true),
         (vec!["--filter=noextents", "memory", &size], true, true),
+        (vec!["--filter=noparallel", "memory", &size, "serialize=all-requests"], true, true),
+        (vec!["--filter=nofilter", "memory", &size], true, true),
+        (vec!["--filter=delay", "-t", "4", "memory", &size, "delay-write=1ms"], true, true),
+        (vec!["--filter=fua", "memory", &size, "fuamode=emulate"], true, true),
+        (vec!["--filter=blocksize", "memory", &size, "minblock=4096", "maxdata=64k"], true, true),
         (vec!["--filter=multi-conn", "memory", &size, "multi-conn-mode=disable"], true, false),
     ] {
         let mut server = TheirServer::nbdkit(&arguments);
@@ -181,4 +186,74 @@ async fn minimum_blocks_are_kept() {
     let data = Bytes::from(random_bytes(1 << 20));
     client.write(512, data.clone(), false).await.unwrap();
     assert!(client.read(512, data.len()).await.unwrap() == data);
+}
+
+#[tokio::test]
+async fn nbd_server_does_every_command() {
+    let server = NbdServer::start(&vec![0; SIZE]).await;
+    let client = within(server.connect("disk", &options())).await.unwrap();
+    assert_eq!((client.info().framing, client.info().contexts.len()), (Framing::Simple, 0));
+    assert!(matches!(client.block_status("base:allocation", 0, 1).await, Err(ClientError::NoContext(_))));
+    within(exercise(&client)).await;
+    client.close().await;
+    let image = std::fs::read(server.directory.path().join("image")).unwrap();
+    assert!(image[..1 << 20] == random_bytes(1 << 20), "what was written is in the file");
+    assert!(within(server.connect("nope", &options())).await.is_err());
+}
+
+#[tokio::test]
+async fn a_sparse_disk_is_copied_with_its_holes() {
+    let mut server = TheirServer::nbdkit(&["sparse-random", "64M", "percent=20", "seed=1", "runlength=524288"]);
+    let client = server.connect(&options()).await;
+    let map = within(map(&client)).await;
+    assert!(map.len() > 3, "{map:?}");
+    let mut at = 0;
+    for (length, zero) in map {
+        let data = client.read(at, length as usize).await.unwrap();
+        assert!(!zero || data.iter().all(|byte| *byte == 0), "at {at}");
+        at += length;
+    }
+}
+
+#[tokio::test]
+async fn exports_have_names() {
+    let arguments = ["--filter=exportname", "memory", "1M", "default-export=disk", "exportname-list=explicit"];
+    let arguments = [&arguments[..], &["exportname=disk", "exportname=other", "exportname-strict=true"]].concat();
+    let mut server = TheirServer::nbdkit(&arguments);
+    let client = server.connect(&options()).await;
+    assert_eq!(client.info().size, 1 << 20);
+    let error = server.try_connect("nope", &options()).await.map(drop).unwrap_err();
+    assert!(matches!(error, ClientError::Negotiation(_)), "{error}");
+    let stream = tokio::net::UnixStream::connect(server.directory.path().join("s")).await.unwrap();
+    let names: Vec<_> = list(stream, &options()).await.unwrap().into_iter().map(|entry| entry.name).collect();
+    assert_eq!(names, ["disk", "other"]);
+}
+
+#[tokio::test]
+async fn writes_of_the_same_bytes_are_seen_as_such() {
+    // The filter refuses what would change the disk: so all that was read is what is written back.
+    let mut server = TheirServer::nbdkit(&["--filter=checkwrite", "pattern", "8M"]);
+    let client = server.connect(&options()).await;
+    let data = client.read(0, 8 << 20).await.unwrap();
+    within(client.write(0, data, true)).await.unwrap();
+    let error = client.write(100, Bytes::from_static(b"other"), false).await.unwrap_err();
+    assert!(matches!(error, ClientError::Refused { error: Errno::EIO, .. }), "{error}");
+}
+
+#[tokio::test]
+async fn a_server_that_comes_back_is_found_again() {
+    let size = SIZE.to_string();
+    let arguments = ["--filter=delay", "memory", &size, "rdelay=60"];
+    let mut server = TheirServer::nbdkit(&arguments);
+    let reconnect = Some(Reconnect { first_pause: Duration::from_millis(10), ..Reconnect::default() });
+    let client = server.connect(&ConnectOptions { reconnect, ..options() }).await;
+    client.write(0, Bytes::from_static(b"lost with the memory"), true).await.unwrap();
+    let read = tokio::spawn({
+        let client = client.clone();
+        async move { client.read(0, 4096).await }
+    });
+    client.flush().await.unwrap();
+    server.kill();
+    let _again = server.again("nbdkit", &["-f", "--exit-with-parent", "-U", "DIR/s", "memory", &size]);
+    assert_eq!(within(read).await.unwrap().unwrap(), vec![0; 4096], "answered by the new server");
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use common::{Probe, Raw, Verdict, until, within};
 use nbd::export::{Answer, Export, Extent};
-use nbd::limits::{MAX_BYTES_IN_FLIGHT, MAX_PAYLOAD, MAX_REQUESTS_IN_FLIGHT};
+use nbd::limits::{MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT};
 use nbd::server::{Budget, Draining, Ended, ServeOptions, ServerError};
 use nbd::wire::{
     ChunkFlags, ChunkType, Command, CommandFlags, Errno, Framing, SimpleReply, StatusQuery, TransmissionFlags,

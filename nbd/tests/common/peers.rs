@@ -24,6 +24,8 @@ const DIRECTORIES: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 pub fn tool(name: &str) -> Command {
     let package = match name {
         "nbdinfo" | "nbdcopy" => "libnbd-bin",
+        "nbd-server" => "nbd-server",
+        "fio" => "fio",
         "nbdsh" => "python3-libnbd",
         "qemu-img" | "qemu-io" | "qemu-nbd" => "qemu-utils",
         "nbdkit" => "nbdkit",
@@ -113,6 +115,16 @@ impl TheirServer {
         TheirServer { directory, child }
     }
 
+    /// Another server in the place of this one, which was killed.
+    pub fn again(&self, program: &str, arguments: &[&str]) -> TheirServer {
+        std::fs::remove_file(self.directory.path().join("s")).unwrap();
+        let place = self.directory.path().to_str().unwrap();
+        let arguments = arguments.iter().map(|argument| argument.replace("DIR", place));
+        let child =
+            tool(program).into_std().args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        TheirServer { directory: tempfile::tempdir().unwrap(), child }
+    }
+
     pub fn image(&self) -> PathBuf {
         self.directory.path().join("image")
     }
@@ -151,5 +163,51 @@ impl Drop for TheirServer {
         // It may have ended by itself.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// The protocol authors' own server, of an image as the export `disk`, on TCP. It becomes a daemon: ended by its pid.
+pub struct NbdServer {
+    pub directory: TempDir,
+    pub address: Address,
+}
+
+impl NbdServer {
+    pub async fn start(content: &[u8]) -> NbdServer {
+        let directory = tempfile::tempdir().unwrap();
+        let place = directory.path().to_str().unwrap();
+        std::fs::write(directory.path().join("image"), content).unwrap();
+        // A port that was free a moment ago.
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let config = format!(
+            "[generic]\nlistenaddr = 127.0.0.1\nport = {port}\nallowlist = true\n\
+             [disk]\nexportname = {place}/image\nflush = true\nfua = true\ntrim = true\n"
+        );
+        std::fs::write(directory.path().join("config"), config).unwrap();
+        run("nbd-server", &["-C", &format!("{place}/config"), "-p", &format!("{place}/pid")]).await;
+        NbdServer { directory, address: Address::Tcp { host: "127.0.0.1".to_owned(), port } }
+    }
+
+    pub async fn connect(&self, export: &str, options: &ConnectOptions) -> Result<Client, ClientError> {
+        let uri = NbdUri { address: self.address.clone(), export: export.to_owned(), tls: false };
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        loop {
+            match Client::connect(&uri, options).await {
+                Err(ClientError::Connect { .. }) if tokio::time::Instant::now() < deadline => {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+                other => return other,
+            }
+        }
+    }
+}
+
+impl Drop for NbdServer {
+    fn drop(&mut self) {
+        let pid = std::fs::read_to_string(self.directory.path().join("pid")).ok();
+        if let Some(pid) = pid.and_then(|pid| pid.trim().parse().ok()) {
+            // It may have ended by itself.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
     }
 }
