@@ -12,6 +12,11 @@
 //!
 //! This crate knows nothing of migration.
 
+/// The README's examples, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 pub mod address;
 pub mod client;
 pub mod export;
