@@ -20,13 +20,16 @@ use tokio_util::sync::CancellationToken;
 
 const SIZE: usize = 1 << 20;
 
+/// One connection's task, and what shuts it down.
+type Served = (JoinHandle<Result<Ended, ServerError>>, CancellationToken);
+
 /// Our server behind a dialer that the test can make fail, with the connections that were made.
 #[derive(Clone)]
 struct Place {
     export: Arc<Mutex<Arc<dyn Export>>>,
     down: Arc<Mutex<bool>>,
     dials: Arc<AtomicUsize>,
-    connections: Arc<Mutex<Vec<(JoinHandle<Result<Ended, ServerError>>, CancellationToken)>>>,
+    connections: Arc<Mutex<Vec<Served>>>,
 }
 
 impl Place {

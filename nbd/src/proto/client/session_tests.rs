@@ -278,7 +278,7 @@ fn a_restart_sends_what_was_not_answered_in_order() {
     let expected: Vec<u64> = (0..41).filter(|token| ![1, 5].contains(token)).collect();
     assert_eq!(tokens, expected);
     let fua = CommandFlags::FUA | CommandFlags::PAYLOAD_LEN;
-    assert!(heads[..38].iter().zip(&sent).all(|(head, sent)| head.flags == fua && sent.1 == &b"abc"[..]));
+    assert!(heads[..38].iter().zip(&sent).all(|(head, sent)| head.flags == fua && sent.1[..] == b"abc"[..]));
     assert_eq!(sent[38].1[..], [0, 0, 0, 0, 0, 0, 3, 232, 0, 0, 0, 1], "the context has another id now");
     assert!(receive(&mut session, &reply(3, ChunkType::NONE, &[])).unwrap().is_some());
 }
