@@ -73,7 +73,8 @@ async fn map(client: &Client) -> Vec<(u64, bool)> {
 async fn qemu_nbd_does_every_command() {
     let mut server = TheirServer::qemu_nbd(&vec![0; SIZE]);
     let client = server.connect(&options()).await;
-    assert_eq!(client.info().framing, Framing::Structured);
+    // A QEMU newer than Debian 12's has extended headers.
+    assert!(client.info().framing >= Framing::Structured);
     within(exercise(&client)).await;
     client.close().await;
     let image = std::fs::read(server.image()).unwrap();

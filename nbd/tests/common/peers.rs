@@ -20,6 +20,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 /// The system's directories come first: Debian's nbdsh needs Debian's python3.
 const DIRECTORIES: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// Names a directory of programs to be preferred.
+const NEWER: &str = "NBD_TEST_PEERS";
+
 /// A program, or a failure that names the Debian package to install.
 pub fn tool(name: &str) -> Command {
     let package = match name {
@@ -31,7 +34,10 @@ pub fn tool(name: &str) -> Command {
         "nbdkit" => "nbdkit",
         other => panic!("no package is known for {other}"),
     };
-    let path = DIRECTORIES.split(':').map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
+    // Newer programs than the system's can be put in front.
+    let newer = std::env::var(NEWER).ok();
+    let directories = newer.as_deref().into_iter().chain(DIRECTORIES.split(':'));
+    let path = directories.map(|directory| Path::new(directory).join(name)).find(|path| path.exists());
     let path = path.unwrap_or_else(|| panic!("{name} is missing: apt-get install {package}"));
     let mut command = Command::new(path);
     command.env("PATH", DIRECTORIES).stdin(Stdio::null()).kill_on_drop(true);

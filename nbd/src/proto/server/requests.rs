@@ -18,7 +18,8 @@ pub struct Incoming {
 /// The decoder. It keeps the stream in step whatever the requests are: a payload that is not to be kept is skipped
 /// before the request is handed out to be refused.
 ///
-/// With compact requests, only a WRITE has a payload; with extended headers, what has the flag PAYLOAD_LEN.
+/// With compact requests, only a WRITE has a payload; with extended headers, what has the flag PAYLOAD_LEN, and also a
+/// WRITE without it: the document wants the flag, but QEMU's client (10.0) leaves it out and sends the data.
 #[derive(Debug)]
 pub struct Requests {
     extended: bool,
@@ -102,10 +103,8 @@ impl Requests {
     }
 
     fn payload(&self, request: &Request) -> Payload {
-        let has_payload = match self.extended {
-            true => request.flags.contains(CommandFlags::PAYLOAD_LEN),
-            false => request.command == Command::WRITE,
-        };
+        let flagged = self.extended && request.flags.contains(CommandFlags::PAYLOAD_LEN);
+        let has_payload = flagged || request.command == Command::WRITE;
         let kept = match request.command {
             _ if !has_payload => return Payload::None,
             Command::WRITE => u64::from(MAX_PAYLOAD),
@@ -185,8 +184,9 @@ mod tests {
         let query = StatusQuery { length: 1 << 40, contexts: vec![1] }.encode();
         let mut input = BytesMut::new();
         input.extend_from_slice(&extended(Command::TRIM, CommandFlags::NONE, 1 << 40));
-        // A WRITE without the flag has no payload, and is refused later; a TRIM with it has one, which is skipped.
+        // A WRITE without the flag has a payload all the same; a TRIM with it has one, which is skipped.
         input.extend_from_slice(&extended(Command::WRITE, CommandFlags::NONE, 3));
+        input.extend_from_slice(b"xyz");
         input.extend_from_slice(&extended(Command::TRIM, payload, 5));
         input.extend_from_slice(b"trash");
         input.extend_from_slice(&extended(Command::WRITE, payload, 3));
@@ -205,7 +205,7 @@ mod tests {
             }
             let expected = [
                 (Command::TRIM, Bytes::new()),
-                (Command::WRITE, Bytes::new()),
+                (Command::WRITE, Bytes::from_static(b"xyz")),
                 (Command::TRIM, Bytes::new()),
                 (Command::WRITE, Bytes::from_static(b"abc")),
                 (Command::BLOCK_STATUS, query.clone()),
