@@ -149,19 +149,23 @@ impl DestinationHold {
         Ok(())
     }
 
-    /// Whether the container has outlived this host's node.
-    pub async fn is_running(&self) -> bool {
+    /// Whether the container has outlived this host's node. The runtime is not asked: it takes its time while tasks wait
+    /// for their disk. A restore that was under way does not count; the source asks for it again.
+    pub fn outlived(&self) -> bool {
         let Some(container) = &self.container else { return false };
-        let (Ok(runtime), Ok(id)) = (self.runtimes.find(&container.runtime), id(&container.id)) else { return false };
-        let runs = runtime.inspect(&id).await.is_ok_and(|found| found.pid.is_some());
-        self.open.fetch_or(runs && !self.has_images(), Ordering::SeqCst);
-        if runs
-            && let Ok(cgroup) = self.cgroup(&id)
-            && let Err(failure) = self.guard.begin(&cgroup).await
-        {
+        let group = id(&container.id).and_then(|id| self.cgroup(&id));
+        let lives = group.is_ok_and(|group| group.is_populated().unwrap_or(false)) && !self.has_images();
+        self.open.store(lives, Ordering::SeqCst);
+        lives
+    }
+
+    /// A guard for the container that outlived the node.
+    pub async fn guard_again(&self) {
+        let Some(container) = &self.container else { return };
+        let Ok(cgroup) = id(&container.id).and_then(|id| self.cgroup(&id)) else { return };
+        if let Err(failure) = self.guard.begin(&cgroup).await {
             tracing::error!(disk = self.disk, %failure, "the container is not guarded");
         }
-        runs
     }
 
     /// Until when the container may run, for its guard; `None`: without end.
@@ -218,27 +222,31 @@ impl DestinationHold {
 
     /// Container, mount, device and network rule go; what was written stays in the store.
     pub async fn tear_down(&self) -> Outcome<()> {
-        let mut outcome = Ok(());
+        // The tasks first, whatever they wait for; then what they wait for, for what was not written is given up with the
+        // disk. So they are gone when the runtime looks.
+        let killed = self.container.as_ref().map_or(Ok(()), |container| {
+            let group = id(&container.id).and_then(|id| self.cgroup(&id))?;
+            group.kill().map_err(|error| failed(&error))
+        });
+        let mounts = self.device.device().map_or(Ok(Vec::new()), |device| mounts_of(&device));
+        let mut outcome = killed.and(self.device.abandon().await);
         if let Some(container) = &self.container {
-            let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
-            outcome = runtime.kill_and_delete(&id).await.map_err(|error| failed(&error));
-            if outcome.is_ok() {
-                self.guard.end();
-            }
-            if let Some(drop) = self.net_drop()? {
-                outcome = outcome.and(drop.remove().await.map_err(|error| failed(&error)));
-            }
+            outcome = outcome.and(self.remove_container(container).await);
         }
-        // What was not written is given up with the disk; a device that still wants to write must not hang.
-        let mounts = match self.device.device() {
-            Some(device) => mounts_of(&device).map_err(|error| failed(&error))?,
-            None => Vec::new(),
-        };
-        outcome = outcome.and(self.device.abandon().await);
-        for mount in mounts {
+        for mount in mounts.map_err(|error| failed(&error))? {
             outcome = outcome.and(mount::umount(&mount, MOUNT_LIMIT).await.map_err(|error| failed(&error)));
         }
         outcome.and(remove_tree(&self.places.images()).await)
+    }
+
+    async fn remove_container(&self, container: &DestinationContainer) -> Outcome<()> {
+        let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
+        runtime.kill_and_delete(&id).await.map_err(|error| failed(&error))?;
+        self.guard.end();
+        match self.net_drop()? {
+            Some(drop) => drop.remove().await.map_err(|error| failed(&error)),
+            None => Ok(()),
+        }
     }
 
     /// Nobody is asked: a restore makes the container in this group or not at all, and a lease does not wait.
