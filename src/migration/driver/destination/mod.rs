@@ -145,6 +145,10 @@ impl Driver {
                 runs = pending(&mut self.looking) => {
                     self.looking = None;
                     self.resumed |= runs;
+                    // A lease that was renewed before this was known has not begun it.
+                    if runs && self.machine.record().phase == DestinationPhase::Active {
+                        self.world.export.set_background(true);
+                    }
                     self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
                 }
                 frozen = pending(&mut self.guarding) => {
