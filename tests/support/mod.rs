@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "each test crate uses its part of it")]
 
+pub mod network;
+
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
