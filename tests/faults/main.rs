@@ -13,6 +13,7 @@ mod support;
 
 mod client;
 mod hosts;
+mod kills;
 mod links;
 mod model;
 mod service;
