@@ -204,6 +204,15 @@ impl BootTime {
     }
 }
 
+/// What an image's file says of itself: whoever writes to it behind the node's back changes this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageMark {
+    /// When its content was last changed, in nanoseconds of the file system's clock.
+    pub modified_ns: i64,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -297,7 +297,7 @@ fn restore_spec(lab: &Lab, other: &Lab, images: &str, cgroup: &str) -> RestoreSp
     bundle.check_rootfs_present(&other.mount()).unwrap();
     RestoreSpec {
         bundle,
-        image_dir: lab.path(images),
+        image_dir: Some(lab.path(images)),
         work_dir: lab.path("restore-work"),
         state_dir: lab.path("state"),
         cgroup: Cgroup::at(cgroup).unwrap(),
@@ -315,7 +315,8 @@ async fn nothing_left(lab: &Lab, spec: &RestoreSpec, name: &str) {
     let leftovers = |text: &str| text.contains("criu") || text.contains(&format!("/run/runc/{name}"));
     let left: Vec<_> = mounts.lines().filter(|line| leftovers(line)).collect();
     assert!(left.is_empty(), "mounts are left: {left:?}");
-    for dir in [&spec.work_dir, &spec.image_dir, &spec.state_dir, &std::path::PathBuf::from("/tmp")] {
+    let tmp = std::path::PathBuf::from("/tmp");
+    for dir in [&spec.work_dir, &spec.state_dir, &tmp].into_iter().chain(&spec.image_dir) {
         let names = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.file_name());
         let left: Vec<_> = names.filter(|n| n.to_string_lossy().starts_with(".criu.")).collect();
         assert!(left.is_empty(), "{left:?} left in {}", dir.display());

@@ -1,5 +1,7 @@
 //! `prepare`, `handover`, `cancel`, `migrate`, `verify`, `rollback`.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::answers::{Answer, bytes};
@@ -10,7 +12,24 @@ use crate::control::api::{
 use crate::control::client::ControlClient;
 use crate::control::status::DiskStatus;
 use crate::error::{Failure, Outcome};
+use crate::migration::record::{LinkPolicy, OnLinkFailure};
 use crate::node::DiskName;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct LinkArguments {
+    /// What this host does by itself when the destination falls silent after the handover.
+    #[arg(long, value_enum, default_value = "wait")]
+    on_link_failure: OnLinkFailure,
+    /// After how long of silence.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = super::values::duration)]
+    link_timeout: Duration,
+}
+
+impl LinkArguments {
+    fn policy(&self) -> LinkPolicy {
+        LinkPolicy { on_link_failure: self.on_link_failure, link_timeout: self.link_timeout }
+    }
+}
 
 #[derive(Debug, clap::Args)]
 pub(super) struct MigrateArguments {
@@ -28,10 +47,19 @@ pub(super) struct MigrateArguments {
     /// Keep the container's TCP connections.
     #[arg(long)]
     tcp_established: bool,
+    #[command(flatten)]
+    link: LinkArguments,
 }
 
-pub(super) async fn prepare(client: &ControlClient, answer: &Answer, name: DiskName, to: String) -> Outcome<()> {
-    let status: DiskStatus = client.post(&format!("/v1/disks/{name}/prepare"), &PrepareCommand { to }).await?;
+pub(super) async fn prepare(
+    client: &ControlClient,
+    answer: &Answer,
+    name: DiskName,
+    to: String,
+    link: LinkArguments,
+) -> Outcome<()> {
+    let command = PrepareCommand { to, policy: link.policy() };
+    let status: DiskStatus = client.post(&format!("/v1/disks/{name}/prepare"), &command).await?;
     answer.print(&status, || {
         format!("{name}: {} is ready at epoch {}", status.peer.as_deref().unwrap_or("the peer"), status.epoch)
     })
@@ -47,9 +75,16 @@ pub(super) async fn cancel(client: &ControlClient, answer: &Answer, name: DiskNa
     answer.print(&reply, || format!("{name}: cancelled; this host serves it"))
 }
 
+pub(super) async fn cold_start(client: &ControlClient, answer: &Answer, name: DiskName) -> Outcome<()> {
+    let status: DiskStatus = client.post(&format!("/v1/disks/{name}/cold-start"), &json!({})).await?;
+    answer.print(&status, || {
+        format!("{name}: {} runs again, from its disk alone", status.container.as_deref().unwrap_or("it"))
+    })
+}
+
 pub(super) async fn run(client: &ControlClient, answer: &Answer, arguments: MigrateArguments) -> Outcome<()> {
-    let MigrateArguments { name, to, container, runtime, tcp_established } = arguments;
-    let ask = MigrateAsk { to, container, runtime, tcp_established };
+    let MigrateArguments { name, to, container, runtime, tcp_established, link } = arguments;
+    let ask = MigrateAsk { to, container, runtime, tcp_established, policy: link.policy() };
     let mut timeline = Timeline::new(&name);
     let path = format!("/v1/disks/{name}/migrate");
     let report: MigrateReport = client.stream(&path, &ask, |event| timeline.show(event)).await?;

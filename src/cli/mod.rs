@@ -101,6 +101,8 @@ enum Command {
         /// The destination's peer address.
         #[arg(long, value_name = "PEER")]
         to: String,
+        #[command(flatten)]
+        link: migrate::LinkArguments,
     },
     /// After the freeze: this host's disk becomes read-only and the destination its owner.
     Handover {
@@ -149,6 +151,11 @@ enum Command {
         #[arg(long)]
         wait: bool,
     },
+    /// Where a container came to and its memory was lost with a restart of the host: start it anew from its disk.
+    ColdStart {
+        /// The export.
+        name: DiskName,
+    },
     /// Print a completion script.
     Completions {
         /// For which shell.
@@ -190,7 +197,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
             Command::Remove { name } => disks::remove(&client, &answer, name).await,
             Command::Attach { name, device, via } => disks::attach(&client, &answer, name, device, via).await,
             Command::Detach { name } => disks::detach(&client, &answer, name).await,
-            Command::Prepare { name, to } => migrate::prepare(&client, &answer, name, to).await,
+            Command::Prepare { name, to, link } => migrate::prepare(&client, &answer, name, to, link).await,
             Command::Handover { name } => migrate::handover(&client, &answer, name).await,
             Command::Cancel { name } => migrate::cancel(&client, &answer, name).await,
             Command::Migrate(arguments) => migrate::run(&client, &answer, arguments).await,
@@ -198,6 +205,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
             Command::Status { name, watch } => status::run(&client, &answer, name, watch).await,
             Command::Verify { name } => migrate::verify(&client, &answer, name).await,
             Command::Rollback { name, plan, wait } => migrate::rollback(&client, &answer, name, plan, wait).await,
+            Command::ColdStart { name } => migrate::cold_start(&client, &answer, name).await,
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Arguments::command(), "lazy-migrate", &mut std::io::stdout());
                 Ok(())

@@ -54,6 +54,10 @@ pub(super) struct ServeArguments {
     /// Where disks of containers that come here are mounted: DIR/NAME.
     #[arg(long, value_name = "DIR")]
     mount_dir: Option<PathBuf>,
+    /// Freeze a container that came here when a read of its disk waits longer than this for the source, and let it go on when
+    /// the data is here [default: it waits like a slow disk].
+    #[arg(long, value_name = "TIME", value_parser = super::values::duration)]
+    starve_after: Option<Duration>,
     /// How long a destination may run without hearing from here.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = super::values::duration)]
     lease: Duration,
@@ -151,6 +155,7 @@ fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
         runtimes: Runtimes::new(runtimes),
         bundle_dir: absolute(&arguments.bundle_dir)?,
         mount_dir: absolute(&arguments.mount_dir)?,
+        starve_after: arguments.starve_after,
         timings,
     })
 }

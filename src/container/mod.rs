@@ -144,8 +144,8 @@ pub struct CheckpointOptions {
 pub struct RestoreSpec {
     /// The bundle that the operator of this host made for it.
     pub bundle: Bundle,
-    /// The complete image directory.
-    pub image_dir: PathBuf,
+    /// The complete image directory; without one the container is started anew, from its disk alone.
+    pub image_dir: Option<PathBuf>,
     /// Where criu writes its log; made if it is missing.
     pub work_dir: PathBuf,
     /// Where the derived bundle goes; it must outlive the container, and is removed when the restore fails.
@@ -184,7 +184,7 @@ pub trait Runtime: fmt::Debug + Send + Sync {
         options: CheckpointOptions,
     ) -> BoxFuture<'a, Result<(), Error>>;
 
-    /// Starts a container under a new id from its images. A failure leaves nothing: no container, no process, no
+    /// Starts a container under a new id, from its images or anew. A failure leaves nothing: no container, no process, no
     /// mount, no control group.
     fn restore<'a>(&'a self, id: &'a ContainerId, spec: RestoreSpec) -> BoxFuture<'a, Result<Inspected, Error>>;
 

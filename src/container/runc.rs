@@ -221,7 +221,7 @@ impl Runc {
             return Err(Error::Cgroup { what: spec.cgroup.path().to_owned(), why });
         }
         let spec = RestoreSpec {
-            image_dir: absolute(&spec.image_dir)?,
+            image_dir: spec.image_dir.as_deref().map(absolute).transpose()?,
             work_dir: absolute(&spec.work_dir)?,
             state_dir: absolute(&spec.state_dir)?,
             ..spec
@@ -255,12 +255,17 @@ impl Runc {
         let (log, runc_log) = (spec.work_dir.join("restore.log"), spec.work_dir.join("runc.log"));
         remove_old(&log)?;
         remove_old(&runc_log)?;
-        let what = format!("restore container {id}");
+        let what = format!("{} container {id}", if spec.image_dir.is_some() { "restore" } else { "start" });
         let mut call = self.call_logged(&what, spec.limit, &runc_log);
-        call = call.args(["restore", "--detach", "--bundle"]).arg(derived);
-        call = call.arg("--image-path").arg(&spec.image_dir).arg("--work-path").arg(&spec.work_dir);
-        if spec.tcp_established {
-            call = call.arg("--tcp-established");
+        match &spec.image_dir {
+            None => call = call.args(["run", "--detach", "--bundle"]).arg(derived),
+            Some(images) => {
+                call = call.args(["restore", "--detach", "--bundle"]).arg(derived);
+                call = call.arg("--image-path").arg(images).arg("--work-path").arg(&spec.work_dir);
+                if spec.tcp_established {
+                    call = call.arg("--tcp-established");
+                }
+            }
         }
         let program = call.program();
         let said = call.arg(id.as_str()).silent().run().await.map_err(|error| with_log(error, &log))?;
@@ -284,7 +289,7 @@ impl Runc {
         if let Err(error) = spec.cgroup.destroy(GONE_LIMIT).await {
             told("remove the control group", &error);
         }
-        for dir in [&spec.work_dir, &spec.image_dir, &spec.state_dir] {
+        for dir in [&spec.work_dir, &spec.state_dir].into_iter().chain(&spec.image_dir) {
             if let Err(error) = leftovers::remove_yards(dir) {
                 told("unmount what criu left", &error);
             }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::Via;
 use crate::error::Failure;
+use crate::migration::record::{LinkPolicy, RollbackMode};
 use crate::node::DiskName;
 use crate::pull::Order;
 
@@ -56,6 +57,9 @@ pub struct AttachReply {
 pub struct PrepareCommand {
     /// The destination's peer address.
     pub to: String,
+    /// What to do when the destination falls silent after the handover.
+    #[serde(flatten)]
+    pub policy: LinkPolicy,
 }
 
 /// `POST /v1/disks/NAME/migrate`: answered with a stream of [`MigrateEvent`], one JSON object a line.
@@ -69,6 +73,9 @@ pub struct MigrateAsk {
     pub runtime: String,
     /// Move TCP connections with it.
     pub tcp_established: bool,
+    /// What to do when the destination falls silent after the handover.
+    #[serde(flatten)]
+    pub policy: LinkPolicy,
 }
 
 /// What happens during a `migrate`.
@@ -148,6 +155,8 @@ pub struct RollbackAsk {
 pub struct RollbackReport {
     /// The disk.
     pub name: DiskName,
+    /// What is restored.
+    pub mode: RollbackMode,
     /// Whether it was done.
     pub rolled_back: bool,
     /// The phase here, now.
@@ -183,6 +192,13 @@ pub struct VerifyReport {
     pub missing_bytes: u64,
     /// Byte offsets of blocks that differ; the first few.
     pub differing: Vec<u64>,
+}
+
+impl VerifyReport {
+    /// Nothing was compared yet.
+    pub(crate) fn new() -> Self {
+        Self { verified: true, compared_bytes: 0, dirty_bytes: 0, missing_bytes: 0, differing: Vec::new() }
+    }
 }
 
 /// What `wait` waits for.

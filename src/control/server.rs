@@ -79,6 +79,7 @@ impl ControlSocket {
             .route("/v1/disks/{name}/migrate", post(migrate))
             .route("/v1/disks/{name}/rollback", post(rollback))
             .route("/v1/disks/{name}/verify", post(verify))
+            .route("/v1/disks/{name}/cold-start", post(cold_start))
             .route("/v1/disks/{name}/wait", get(wait))
             .route("/metrics", get(prometheus))
             .fallback(|| async { Failure::usage("the control API has no such path; see docs/architecture.md") })
@@ -154,7 +155,7 @@ async fn prepare(
     Json(ask): Json<PrepareCommand>,
 ) -> Reply<DiskStatus> {
     let disk = name(&disk)?;
-    node.prepare(&disk, &ask.to, None).await?;
+    node.prepare(&disk, &ask.to, ask.policy).await?;
     Ok(Json(node.disk(&disk)?.status()))
 }
 
@@ -194,7 +195,20 @@ async fn rollback(
     Json(ask): Json<RollbackAsk>,
 ) -> Reply<RollbackReport> {
     let disk = name(&disk)?;
-    Ok(Json(if ask.plan { node.rollback_plan(&disk).await? } else { node.rollback(&disk, ask.wait).await? }))
+    if ask.plan {
+        return Ok(Json(node.rollback_plan(&disk).await?));
+    }
+    // Once the destination was told to give the disk back, somebody has to take it.
+    Ok(Json(to_the_end(async move { node.rollback(&disk, ask.wait).await }).await?))
+}
+
+async fn cold_start(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<DiskStatus> {
+    let disk = name(&disk)?;
+    let status = to_the_end(async move {
+        node.cold_start(&disk).await?;
+        Ok(node.disk(&disk)?.status())
+    });
+    Ok(Json(status.await?))
 }
 
 async fn verify(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<VerifyReport> {

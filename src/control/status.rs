@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::migration::driver::ContainerState;
+
 /// How long readers waited for missing blocks, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Faults {
@@ -66,6 +68,8 @@ pub struct DiskStatus {
     pub peer: Option<String>,
     /// The migration's container.
     pub container: Option<String>,
+    /// What that container does here, where it came to.
+    pub container_state: Option<ContainerState>,
     /// Why the background pull stands still.
     pub paused: Option<String>,
     /// The last thing that went wrong.

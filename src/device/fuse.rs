@@ -95,6 +95,11 @@ impl FuseDevice {
         Self { record, session: Some(session) }
     }
 
+    /// Whether its nbdfuse lives.
+    pub(super) fn is_running(&mut self) -> bool {
+        self.session.as_mut().is_some_and(Session::is_running)
+    }
+
     pub(super) fn record(&self) -> &Attached {
         &self.record
     }

@@ -136,7 +136,7 @@ impl KernelDevice {
     }
 
     /// Whether the device is still there, and still the one that we attached.
-    fn is_ours(&self) -> Result<bool, KernelError> {
+    pub(super) fn is_ours(&self) -> Result<bool, KernelError> {
         Ok(kernel::is_connected(self.index)
             && kernel::backend_identifier(self.index)?.as_deref() == Some(self.backend_id.as_str()))
     }

@@ -272,6 +272,15 @@ impl AttachDevice {
         }
     }
 
+    /// Whether there is still something to detach: a restart of the host takes the device away.
+    pub fn is_there(&mut self) -> bool {
+        match self {
+            // When it cannot be told, it is looked at again at the detach.
+            AttachDevice::Kernel(device) => device.is_ours().unwrap_or(true),
+            AttachDevice::Fuse(device) => device.is_running(),
+        }
+    }
+
     /// What to write down.
     pub fn record(&self) -> &Attached {
         match self {

@@ -122,9 +122,18 @@ impl DeviceSlot {
                 Ok(())
             }
             Err(error) => {
-                // It can still be detached by its record.
-                *self.lock() = State::Attached(Box::new(AttachDevice::from_record(record)));
-                Err(Failure::failed(chain(&error)))
+                let mut device = AttachDevice::from_record(record);
+                if device.is_there() {
+                    // It can still be detached by its record.
+                    *self.lock() = State::Attached(Box::new(device));
+                    return Err(Failure::failed(chain(&error)));
+                }
+                let _ = std::fs::remove_file(&path);
+                Err(Failure::failed(format!(
+                    "{} is gone, with a restart of this host or by hand; `lazy-migrate attach {}` makes a new device",
+                    device.device().display(),
+                    self.name
+                )))
             }
         }
     }

@@ -24,7 +24,7 @@ use crate::limits::{MAX_DISK, PERSIST_EVERY};
 use crate::pull::{PullOrder, PullState, puller};
 use crate::store::{Disk, FileStore, MapFile, MapFiles, Store};
 use crate::tracker::Tracker;
-use crate::units::BlockSize;
+use crate::units::{BlockSize, ImageMark};
 use crate::upstream::{Connection, Upstream, UpstreamStatus};
 
 /// A virtual disk that NBD clients use: cheap to clone, all clones are the same export.
@@ -249,6 +249,26 @@ impl LazyExport {
     /// Makes everything durable that was answered or fetched before the call, and the map.
     pub async fn persist(&self) -> Result<(), Errno> {
         self.inner.flusher.persist().await
+    }
+
+    /// When the local bytes were last changed by anybody; `None` where nothing tells.
+    pub fn mark(&self) -> io::Result<Option<ImageMark>> {
+        self.inner.disk.mark()
+    }
+
+    /// For how long the request that has waited longest for a missing block has done so.
+    pub fn longest_wait(&self) -> Option<Duration> {
+        self.inner.fetcher.as_ref()?.faults.longest_wait()
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    /// The unit of its block map.
+    pub fn block_size(&self) -> BlockSize {
+        self.inner.disk.block_size
     }
 
     /// Switches the background pull on or off.

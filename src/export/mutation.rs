@@ -83,7 +83,9 @@ async fn finish(inner: Arc<Inner>, mutation: Mutation, fua: bool, first: Option<
                 landing.done().await;
             }
             Tried::Needs(blocks) => {
-                waited.get_or_insert_with(std::time::Instant::now);
+                if waited.is_none() {
+                    waited = inner.fetcher.as_ref().map(|fetcher| fetcher.faults.begin());
+                }
                 for blocks in blocks {
                     inner.bring(blocks).await?;
                 }
@@ -91,8 +93,8 @@ async fn finish(inner: Arc<Inner>, mutation: Mutation, fua: bool, first: Option<
         }
         tried = attempt_anywhere(&inner, &mutation).await?;
     }
-    if let (Some(since), Some(fetcher)) = (waited, &inner.fetcher) {
-        fetcher.faults.record(since.elapsed());
+    if let Some(fault) = waited {
+        fault.served();
     }
     if fua {
         inner.flusher.persist().await?;

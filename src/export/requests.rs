@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, ZeroMode};
@@ -131,12 +130,12 @@ async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno>
     let missing = !inner.disk.map.is_present(blocks);
     let bytes = match &inner.fetcher {
         Some(fetcher) if missing => {
-            let since = Instant::now();
+            let fault = fetcher.faults.begin();
             let brought = tokio::select! {
                 brought = fetcher.fetch(blocks, Class::Demand) => brought,
                 errno = inner.gate.until_closed() => return Err(errno),
             };
-            fetcher.faults.record(since.elapsed());
+            fault.served();
             brought.assemble(&inner.disk, range)
         }
         _ => {

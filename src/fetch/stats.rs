@@ -1,7 +1,9 @@
 //! Counters for people: what was pulled, and what readers of missing blocks had to wait.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +30,34 @@ pub struct FaultStats {
     count: AtomicU64,
     max_us: AtomicU64,
     total_us: AtomicU64,
+    waiting: Mutex<Waiting>,
+}
+
+/// Who waits at the moment, since when; the oldest first, because numbers rise.
+#[derive(Default)]
+struct Waiting {
+    next: u64,
+    since: BTreeMap<u64, Instant>,
+}
+
+/// One request that waits for a missing block. It is counted when it has got it, not when it was given up.
+pub struct Fault<'a> {
+    stats: &'a FaultStats,
+    number: u64,
+    since: Instant,
+}
+
+impl Fault<'_> {
+    /// The block is here.
+    pub fn served(self) {
+        self.stats.record(self.since.elapsed());
+    }
+}
+
+impl Drop for Fault<'_> {
+    fn drop(&mut self) {
+        self.stats.waiting().since.remove(&self.number);
+    }
 }
 
 impl Default for FaultStats {
@@ -37,6 +67,7 @@ impl Default for FaultStats {
             count: AtomicU64::new(0),
             max_us: AtomicU64::new(0),
             total_us: AtomicU64::new(0),
+            waiting: Mutex::default(),
         }
     }
 }
@@ -55,8 +86,27 @@ pub struct FaultSummary {
 }
 
 impl FaultStats {
+    /// A request begins to wait.
+    pub fn begin(&self) -> Fault<'_> {
+        let since = Instant::now();
+        let mut waiting = self.waiting();
+        let number = waiting.next;
+        waiting.next += 1;
+        waiting.since.insert(number, since);
+        Fault { stats: self, number, since }
+    }
+
+    /// For how long the request that has waited longest has done so.
+    pub fn longest_wait(&self) -> Option<Duration> {
+        self.waiting().since.first_key_value().map(|(_, since)| since.elapsed())
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// One request waited this long.
-    pub fn record(&self, waited: Duration) {
+    fn record(&self, waited: Duration) {
         let us = waited.as_micros().min(u128::from(u64::MAX)) as u64;
         self.buckets[bucket(us)].fetch_add(1, Ordering::Relaxed);
         self.count.fetch_add(1, Ordering::Relaxed);
@@ -113,6 +163,18 @@ mod tests {
             let found = bucket(us);
             assert!(us <= upper_end(found) && (found == 0 || us > upper_end(found - 1)), "{us} in {found}");
         }
+    }
+
+    #[test]
+    fn whoever_waits_is_seen_until_served_or_given_up() {
+        let stats = FaultStats::default();
+        assert_eq!(stats.longest_wait(), None);
+        let (first, second) = (stats.begin(), stats.begin());
+        assert!(stats.longest_wait().is_some_and(|wait| wait >= second.since.elapsed().saturating_sub(wait)));
+        drop(first);
+        assert!(stats.longest_wait().is_some());
+        second.served();
+        assert_eq!((stats.longest_wait(), stats.summary().count), (None, 1));
     }
 
     #[test]

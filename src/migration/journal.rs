@@ -107,7 +107,7 @@ mod tests {
     use super::*;
     use crate::migration::lease::Timings;
     use crate::migration::phase::SourcePhase;
-    use crate::migration::record::{MigrationId, SourceRecord};
+    use crate::migration::record::{LinkPolicy, MigrationId, SourceRecord};
     use crate::units::Epoch;
 
     fn record(phase: SourcePhase) -> Record {
@@ -118,6 +118,8 @@ mod tests {
             peer: "127.0.0.1:1".into(),
             timings: Timings::default(),
             container: None,
+            policy: LinkPolicy::default(),
+            seal: None,
         })
     }
 

@@ -81,15 +81,16 @@ pub struct HeldLease {
 }
 
 impl HeldLease {
-    /// No lease yet; beats may be sent.
-    pub fn new(timings: Timings) -> Self {
-        Self { timings, next: Beat(1), sent: VecDeque::new(), counted_from: None }
+    /// No lease yet; beats may be sent, `first` on. A number that an earlier process of this host may have used must not
+    /// come again, or the other host would take an old word for a new one: so it is chosen at random.
+    pub fn new(timings: Timings, first: Beat) -> Self {
+        Self { timings, next: first, sent: VecDeque::new(), counted_from: None }
     }
 
     /// A beat is about to be sent at `now`.
     pub fn send_beat(&mut self, now: BootTime) -> Beat {
         let beat = self.next;
-        self.next = Beat(beat.0 + 1);
+        self.next = Beat(beat.0.wrapping_add(1));
         if self.sent.len() == REMEMBERED_BEATS {
             self.sent.pop_front();
         }
@@ -101,10 +102,20 @@ impl HeldLease {
     /// beat that is not remembered changes nothing, and an older answer never shortens the lease. Returns whether the
     /// lease holds now.
     pub fn renew(&mut self, now: BootTime, beat: Beat) -> bool {
-        if let Some(&(_, sent)) = self.sent.iter().find(|(number, _)| *number == beat) {
+        if let Some(sent) = self.sent_at(beat) {
             self.counted_from = Some(self.counted_from.map_or(sent, |before| before.max(sent)));
         }
         self.holds(now)
+    }
+
+    /// Whether a word that refers to this beat still counts: the beat was sent less than a lease ago. What has lain on the
+    /// link for longer is void, so that the source knows when it can be forgotten.
+    pub fn is_fresh(&self, now: BootTime, beat: Beat) -> bool {
+        self.sent_at(beat).is_some_and(|sent| now < sent.after(self.timings.duration))
+    }
+
+    fn sent_at(&self, beat: Beat) -> Option<BootTime> {
+        self.sent.iter().find(|(number, _)| *number == beat).map(|&(_, sent)| sent)
     }
 
     /// Whether I/O may be acknowledged and the container may run.
@@ -152,6 +163,12 @@ impl GrantedLease {
         self.granted_at.after(self.timings.duration + self.timings.guard)
     }
 
+    /// When a word that is given now, and refers to a beat that was heard before, is certainly void at the destination:
+    /// see [`HeldLease::is_fresh`].
+    pub fn void_at(timings: Timings, now: BootTime) -> BootTime {
+        now.after(timings.duration + timings.guard)
+    }
+
     /// How long until then; zero when it is so already.
     pub fn unsafe_for(&self, now: BootTime) -> Duration {
         self.safe_at().since(now)
@@ -193,7 +210,7 @@ mod tests {
 
     #[test]
     fn a_lease_counts_from_when_the_beat_was_sent() {
-        let mut lease = HeldLease::new(Timings::default());
+        let mut lease = HeldLease::new(Timings::default(), Beat(1));
         assert!(!lease.holds(at(0)));
         let beat = lease.send_beat(at(1000));
         assert!(lease.renew(at(5000), beat));
@@ -203,15 +220,24 @@ mod tests {
 
     #[test]
     fn an_answer_that_comes_too_late_renews_nothing() {
-        let mut lease = HeldLease::new(Timings::default());
+        let mut lease = HeldLease::new(Timings::default(), Beat(1));
         let beat = lease.send_beat(at(1000));
         assert!(!lease.renew(at(60_000), beat));
         assert!(!lease.renew(at(60_000), Beat(99)));
     }
 
     #[test]
+    fn a_word_is_void_a_lease_after_the_beat_that_it_refers_to() {
+        let mut lease = HeldLease::new(Timings::default(), Beat(7));
+        let beat = lease.send_beat(at(1000));
+        assert_eq!(beat, Beat(7));
+        assert!(lease.is_fresh(at(10_999), beat) && !lease.is_fresh(at(11_000), beat));
+        assert!(!lease.is_fresh(at(1000), Beat(8)));
+    }
+
+    #[test]
     fn an_old_answer_does_not_shorten_the_lease() {
-        let mut lease = HeldLease::new(Timings::default());
+        let mut lease = HeldLease::new(Timings::default(), Beat(1));
         let first = lease.send_beat(at(0));
         let second = lease.send_beat(at(1000));
         lease.renew(at(1100), second);
@@ -229,7 +255,7 @@ mod tests {
         ) {
             let timings = Timings::default();
             let source_clock = |ms: u64| at((ms as i64 + ms as i64 * drift / 10_000) as u64);
-            let mut held = HeldLease::new(timings);
+            let mut held = HeldLease::new(timings, Beat(1));
             let mut granted: Option<GrantedLease> = None;
             let mut now = 0;
             let mut answers: Vec<(u64, Beat)> = Vec::new();

@@ -5,12 +5,13 @@
 //! happened, because a record is synced before its effect. Everything else that does not fit is damage, and refused.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::lease::Timings;
 use super::phase::{DestinationPhase, SourcePhase};
-use crate::units::{BlockSize, Epoch};
+use crate::units::{BlockSize, Epoch, ImageMark};
 
 /// The version of the record's shape; a newer one is refused.
 pub const VERSION: u32 = 1;
@@ -22,6 +23,41 @@ pub const MAX_LINE_BYTES: usize = 64 << 10;
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct MigrationId(pub String);
+
+/// What the source does by itself when the destination falls silent after the handover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnLinkFailure {
+    /// Nothing: an operator decides.
+    #[default]
+    Wait,
+    /// Take the disk back, as soon as that is safe.
+    Rollback,
+}
+
+/// The operator's instructions for the time after the handover.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LinkPolicy {
+    /// What to do.
+    pub on_link_failure: OnLinkFailure,
+    /// After how long without a word from the destination.
+    pub link_timeout: Duration,
+}
+
+impl Default for LinkPolicy {
+    fn default() -> Self {
+        Self { on_link_failure: OnLinkFailure::default(), link_timeout: Duration::from_secs(30) }
+    }
+}
+
+/// What a rollback restores. (Carrying the destination's writes back would be another one.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RollbackMode {
+    /// The disk and the container as they were frozen at the source; what the destination wrote since is given up.
+    #[default]
+    FreezePoint,
+}
 
 /// The container that is frozen here with its disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +72,8 @@ pub struct SourceContainer {
     pub netns: Option<PathBuf>,
     /// Move TCP connections with it.
     pub tcp_established: bool,
+    /// Its bundle: what it is restored with if this host is restarted before the release.
+    pub bundle: PathBuf,
 }
 
 /// A source's part of a migration.
@@ -53,6 +91,10 @@ pub struct SourceRecord {
     pub timings: Timings,
     /// The container, when one moves along.
     pub container: Option<SourceContainer>,
+    /// What to do when the destination falls silent.
+    pub policy: LinkPolicy,
+    /// The image at the freeze point; `None` where nothing tells (a block device).
+    pub seal: Option<ImageMark>,
 }
 
 /// The container that was, or is to be, restored here.
@@ -209,6 +251,8 @@ mod tests {
             peer: "10.0.0.2:10810".into(),
             timings: Timings::default(),
             container: None,
+            policy: LinkPolicy::default(),
+            seal: None,
         })
     }
 

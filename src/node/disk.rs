@@ -12,7 +12,7 @@ use crate::control::status::{DiskStatus, Faults};
 use crate::device::DeviceSlot;
 use crate::error::{Failure, Outcome};
 use crate::export::LazyExport;
-use crate::migration::driver::{DestinationHandle, SharedJournal, SourceHandle, SourceHold};
+use crate::migration::driver::{ContainerState, DestinationHandle, SharedJournal, SourceHandle, SourceHold};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
 use crate::pull::PullState;
 use crate::units::Epoch;
@@ -157,6 +157,7 @@ impl Disk {
             device: self.device.device(),
             peer: None,
             container: None,
+            container_state: None,
             paused: data.paused_reason,
             last_error: data.upstream.last_error,
         };
@@ -195,6 +196,8 @@ impl Disk {
                 status.last_error = view.last_error.or(status.last_error);
                 status.peer = Some(view.record.source.clone());
                 status.container = view.record.container.map(|container| container.id);
+                status.container_state = (view.container != ContainerState::None).then_some(view.container);
+                status.stalled_us += u64::try_from(view.fenced.as_micros()).unwrap_or(u64::MAX);
             }
         }
         status

@@ -18,9 +18,12 @@ use crate::migration::driver::{
     DestinationHandle, DestinationWorld, MigrateWorld, Places, SourceHandle, SourceHold, SourceWorld, migrate,
     new_record,
 };
+use crate::migration::lease::Beat;
 use crate::migration::machine::{DestinationMachine, SourceEvent, SourceMachine};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
-use crate::migration::record::{DestinationContainer, DestinationRecord, MigrationId, Record, SourceRecord};
+use crate::migration::record::{
+    DestinationContainer, DestinationRecord, LinkPolicy, MigrationId, Record, RollbackMode, SourceRecord,
+};
 use crate::peer::client::PeerClient;
 use crate::peer::{self, PrepareAsk, Subject};
 use crate::pull::PullState;
@@ -35,12 +38,7 @@ const PLAN_TIME: Duration = Duration::from_secs(2);
 
 impl Node {
     /// Asks a destination to make room for a disk.
-    pub async fn prepare(
-        self: &Arc<Self>,
-        name: &DiskName,
-        to: &str,
-        container: Option<DestinationContainer>,
-    ) -> Outcome<()> {
+    pub async fn prepare(self: &Arc<Self>, name: &DiskName, to: &str, policy: LinkPolicy) -> Outcome<()> {
         let disk = self.disk(name)?;
         if let Role::Source(source, _) = disk.role() {
             let view = source.view();
@@ -48,7 +46,7 @@ impl Node {
                 return Ok(());
             }
         }
-        let source = self.begin_source(&disk, to, container)?;
+        let source = self.begin_source(&disk, to, None, policy)?;
         source.command(SourceEvent::Prepare).await.map_err(|failure| failure.context(format!("{to} is not prepared")))
     }
 
@@ -95,7 +93,7 @@ impl Node {
             runtime: ask.runtime.clone(),
             tcp_established: ask.tcp_established,
         };
-        let source = self.begin_source(&disk, &ask.to, Some(container))?;
+        let source = self.begin_source(&disk, &ask.to, Some(container), ask.policy)?;
         let (source, hold) = match disk.role() {
             Role::Source(_, hold) => (source, hold),
             _ => return Err(Failure::refused("another migration of this disk has begun")),
@@ -124,7 +122,7 @@ impl Node {
         let begun = Instant::now();
         let before = report(&disk, &source, source.view().link_up(clock::now()));
         loop {
-            match source.command(SourceEvent::RollBack { insist: wait }).await {
+            match source.command(SourceEvent::RollBack { mode: RollbackMode::FreezePoint, insist: wait }).await {
                 Ok(()) => break,
                 Err(failure) if wait && failure.retry_after_ms.is_some() => {
                     let left = Duration::from_millis(failure.retry_after_ms.unwrap_or_default());
@@ -143,6 +141,16 @@ impl Node {
             took_ms: u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX),
             ..before
         })
+    }
+
+    /// Starts a container that came here anew from its disk, where its memory is gone.
+    pub async fn cold_start(&self, name: &DiskName) -> Outcome<()> {
+        match self.disk(name)?.role() {
+            Role::Destination(destination) => destination.cold_start().await,
+            Role::Idle | Role::Source(..) => Err(Failure::refused(format!(
+                "{name} did not come to this host with a container; start it with its own runtime"
+            ))),
+        }
     }
 
     /// Waits until something is true of a disk.
@@ -177,6 +185,7 @@ impl Node {
         disk: &Arc<Disk>,
         to: &str,
         container: Option<DestinationContainer>,
+        policy: LinkPolicy,
     ) -> Outcome<SourceHandle> {
         if self.config.peer.is_none() {
             return Err(Failure::refused(
@@ -240,7 +249,7 @@ impl Node {
             port: self.peer_port,
             container,
         };
-        let record = new_record(migration, epoch, to, self.config.timings);
+        let record = new_record(migration, epoch, to, self.config.timings, policy);
         let (handle, hold) = self.spawn_source(disk, SourceMachine::new(record), Some(ask));
         *role = Role::Source(handle.clone(), hold);
         Ok(handle)
@@ -289,6 +298,7 @@ impl Node {
             journal: disk.journal.clone(),
             peer: Arc::new(PeerClient::new(&record.source)),
             hold: hold.clone(),
+            starve_after: self.config.starve_after,
         };
         DestinationHandle::spawn(world, machine, disk.stop.clone())
     }
@@ -311,7 +321,7 @@ impl Node {
     }
 
     /// After a restart: the journal says what this host is to a disk.
-    pub(super) async fn recover(self: &Arc<Self>, disk: &Arc<Disk>, record: Option<Record>) {
+    pub(super) async fn recover(self: &Arc<Self>, disk: &Arc<Disk>, record: Option<Record>) -> Outcome<()> {
         match record {
             None => {
                 if let super::Origin::Migration { .. } = disk.spec.origin {
@@ -329,13 +339,15 @@ impl Node {
                 disk.set_role(Role::Source(handle, hold));
             }
             Some(Record::Destination(record)) => {
+                let first = first_beat()?;
                 let held = if record.phase == DestinationPhase::Complete { GateMode::Open } else { GateMode::Held };
                 disk.export.gate().set(held).await;
-                let handle = self.spawn_destination(disk, DestinationMachine::recover(record));
+                let handle = self.spawn_destination(disk, DestinationMachine::recover(record, first));
                 disk.set_role(Role::Destination(handle));
                 self.retire_when_torn_down(disk);
             }
         }
+        Ok(())
     }
 
     /// The blocks of a disk at its source.
@@ -389,6 +401,7 @@ fn report(disk: &Disk, source: &SourceHandle, reachable: bool) -> RollbackReport
     let left = view.safe_at.map_or(Duration::ZERO, |at| at.since(now));
     RollbackReport {
         name: disk.name().clone(),
+        mode: RollbackMode::FreezePoint,
         rolled_back: false,
         phase: view.record.phase.to_string(),
         epoch: view.record.epoch.0,
@@ -457,10 +470,19 @@ async fn wait_for(disk: &Disk, what: WaitFor) -> Outcome<()> {
 
 /// 64 random bits in hexadecimal.
 fn random_id() -> Outcome<String> {
+    Ok(format!("{:016x}", random()?))
+}
+
+/// The number of a process's first beat. With the lowest bits zero a process has numbers of its own for as long as it lives.
+pub(super) fn first_beat() -> Outcome<Beat> {
+    Ok(Beat(random()? & !0xffff_ffff))
+}
+
+fn random() -> Outcome<u64> {
     use std::io::Read;
     let mut bytes = [0; 8];
     std::fs::File::open("/dev/urandom")
         .and_then(|mut file| file.read_exact(&mut bytes))
         .map_err(|error| Failure::failed(format!("cannot read /dev/urandom: {error}")))?;
-    Ok(format!("{:016x}", u64::from_ne_bytes(bytes)))
+    Ok(u64::from_ne_bytes(bytes))
 }

@@ -343,7 +343,7 @@ impl Node {
                 )));
             }
             let disk = self.enlist(spec, export, journal);
-            self.recover(&disk, record).await;
+            self.recover(&disk, record).await?;
             Ok(disk)
         };
         let disk =

@@ -10,10 +10,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::disk::Role;
 use super::exports::MigrationExports;
+use super::migrations::first_beat;
 use super::spec::{DiskSpec, Origin};
-use super::{Disk, DiskName, NewDirectory, Node, verify};
+use super::{Disk, DiskName, NewDirectory, Node};
 use crate::error::{Failure, Outcome, chain};
-use crate::migration::driver::DestinationHandle;
+use crate::migration::driver::{DestinationHandle, check_unchanged, checksums};
 use crate::migration::machine::{BeatAnswer, DestinationEvent, DestinationMachine};
 use crate::migration::phase::DestinationPhase;
 use crate::migration::record::DestinationRecord;
@@ -55,9 +56,10 @@ impl Node {
                 let (_, destination) = self.coming(&subject)?;
                 destination.resume(subject.epoch).await.map(|()| Reply::Done)
             }
-            Request::Discard { subject } => match self.coming(&subject) {
+            Request::Discard { subject, beat } => match self.coming(&subject) {
                 Ok((_, destination)) => {
-                    destination.command(DestinationEvent::Discard(subject.epoch)).await.map(|()| Reply::Done)
+                    let epoch = subject.epoch;
+                    destination.command(DestinationEvent::Discard { epoch, beat }).await.map(|()| Reply::Done)
                 }
                 // Nothing of that migration is here, so nothing of it can own anything.
                 Err(_) => Ok(Reply::Done),
@@ -80,13 +82,13 @@ impl Node {
                 };
                 Ok(Reply::Beat { answer })
             }
-            Request::Complete { subject, progress } => {
+            Request::Complete { subject, progress, grant } => {
                 let disk = self.named(&subject)?;
                 let (source, _) = disk.source()?;
                 if source.view().record.migration != subject.migration {
                     return Err(Failure::refused(format!("{} is in another migration here", subject.disk)));
                 }
-                source.complete(subject.epoch, progress).await.map(|()| Reply::Done)
+                source.complete(subject.epoch, progress, grant).await.map(|()| Reply::Done)
             }
             Request::Checksums { subject, first, count } => {
                 let disk = self.named(&subject)?;
@@ -95,7 +97,10 @@ impl Node {
                 if record.migration != subject.migration || record.epoch != subject.epoch {
                     return Err(Failure::refused(format!("{} is in another migration here", subject.disk)));
                 }
-                verify::checksums(&disk, first, count).await.map(|digests| Reply::Checksums { digests })
+                let digests = checksums(&disk.export, first, count).await?;
+                // Afterwards: what was read before a change is as good as if it had not come.
+                check_unchanged(&disk.export, &record)?;
+                Ok(Reply::Checksums { digests })
             }
         }
     }
@@ -157,7 +162,7 @@ impl Node {
     async fn ready(self: &Arc<Self>, disk: &Arc<Disk>, record: DestinationRecord) -> Outcome<()> {
         let hold = self.destination_hold(disk, &record);
         let source = record.source.clone();
-        let machine = DestinationMachine::new(record);
+        let machine = DestinationMachine::new(record, first_beat()?);
         let readied = async {
             hold.prepare().await?;
             let upstream = self.migration_upstream(disk.name(), &source);

@@ -15,7 +15,7 @@ use tokio_util::codec::LengthDelimitedCodec;
 
 use crate::error::Failure;
 use crate::migration::lease::{Beat, Timings};
-use crate::migration::machine::BeatAnswer;
+use crate::migration::machine::{BeatAnswer, Grant};
 use crate::migration::phase::DestinationPhase;
 use crate::migration::record::{DestinationContainer, MigrationId};
 use crate::units::{BlockSize, Epoch};
@@ -106,6 +106,8 @@ pub enum Request {
     Discard {
         /// What it is about.
         subject: Subject,
+        /// After the handover: the last beat that was heard. The word is void when that is older than a lease.
+        beat: Option<Beat>,
     },
     /// To the source: the destination lives, and asks for its lease.
     Beat {
@@ -124,6 +126,8 @@ pub enum Request {
         subject: Subject,
         /// How far it is: everything.
         progress: Progress,
+        /// The last granting answer that it has.
+        grant: Grant,
     },
     /// To the source: checksums of blocks of the frozen disk.
     Checksums {

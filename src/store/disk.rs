@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::Store;
 use super::holes::Holes;
 use crate::block_map::BlockMap;
-use crate::units::{BlockSize, ByteRange};
+use crate::units::{BlockSize, ByteRange, ImageMark};
 
 /// The local side of a virtual disk. All changes of its bytes go through it, so that no written block passes for a hole.
 pub struct Disk {
@@ -34,6 +34,11 @@ impl Disk {
     #[inline]
     pub fn read(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.store.read_at(offset, buffer)
+    }
+
+    /// See [`Store::mark`].
+    pub fn mark(&self) -> io::Result<Option<ImageMark>> {
+        self.store.mark()
     }
 
     /// See [`Store::write_at`].

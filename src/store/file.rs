@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,7 +11,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use super::{Durable, Store};
-use crate::units::ByteRange;
+use crate::units::{ByteRange, ImageMark};
 
 /// What plain zeroing writes at a time where the file system has no call for it.
 static ZEROES: [u8; 256 * 1024] = [0; 256 * 1024];
@@ -46,7 +46,8 @@ impl FileStore {
                 let why = format!("the device has {found} bytes, the disk {size}");
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
             }
-        } else {
+        } else if file.metadata()?.len() != size {
+            // Only then: it would count as a change of the content.
             file.set_len(size)?;
         }
         if made {
@@ -85,6 +86,12 @@ impl Store for FileStore {
 
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
+    }
+
+    fn mark(&self) -> io::Result<Option<ImageMark>> {
+        let found = self.file.metadata()?;
+        let modified_ns = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
+        Ok(found.is_file().then_some(ImageMark { modified_ns, size: found.len() }))
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -23,7 +23,7 @@ pub use live_map::{BootId, LiveMap};
 pub use memory::MemoryStore;
 pub use open::{MapFiles, OpenedMap};
 
-use crate::units::ByteRange;
+use crate::units::{ByteRange, ImageMark};
 
 /// The proof that everything written to a store before the call of [`Store::sync`] that made it is durable.
 ///
@@ -48,6 +48,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// Gives the space of a range back; it reads as zeroes afterwards.
     fn discard(&self, range: ByteRange) -> io::Result<()>;
+
+    /// When the bytes were last changed by anybody; `None` where nothing tells (a block device, memory).
+    fn mark(&self) -> io::Result<Option<ImageMark>> {
+        Ok(None)
+    }
 
     /// Makes every write that returned before this call durable. After a failure all later calls fail as well: the
     /// system may have dropped the bytes that it could not write.

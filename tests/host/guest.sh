@@ -33,6 +33,15 @@ contains stdout before
 contains stderr 'died while the command ran'
 contains stderr 'Kernel panic'
 
+# A kernel that locked up under the emulator is no word on the command: it runs once more, and only once.
+# shellcheck disable=SC2016 # expanded in the guest
+lock_up='echo run >>/hostshare/runs; [ "$(wc -l </hostshare/runs)" != "$1" ] || exit 0
+  echo "<0>Kernel panic - not syncing: softlockup: hung tasks" >/dev/kmsg; echo c >/proc/sysrq-trigger; sleep 60'
+expect 0 "$guest" --share "$out/share" -- bash -c "$lock_up" name 2
+contains stderr 'once more'
+expect 125 "$guest" --share "$out/share" -- bash -c "$lock_up" name 5
+[ "$(wc -l <share/runs)" = 4 ] || die "run $(wc -l <share/runs) times instead of 4"
+
 # A hang ends, and says so.
 expect 124 "$guest" --timeout 40 -- bash -c 'echo begun; sleep 1000'
 contains stdout begun

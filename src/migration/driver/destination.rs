@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::container::DestinationHold;
+use super::verify::Verifier;
 use super::{COMMANDS, SharedJournal, append, denied, driver_gone};
 use crate::clock;
 use crate::error::{Failure, Outcome};
@@ -27,6 +28,10 @@ const COMPLETE_TIME: Duration = Duration::from_secs(10);
 /// How long writes that were admitted before are waited for when the gate changes.
 const GATE_TIME: Duration = Duration::from_millis(500);
 
+/// How often it is looked whether a read starves.
+const MIN_LOOK: Duration = Duration::from_millis(20);
+const MAX_LOOK: Duration = Duration::from_secs(1);
+
 /// What the driver acts on.
 pub struct DestinationWorld {
     /// The disk's name.
@@ -39,6 +44,8 @@ pub struct DestinationWorld {
     pub peer: Arc<PeerClient>,
     /// The container's side.
     pub hold: Arc<DestinationHold>,
+    /// Freeze the container when a read waits longer than this for the source.
+    pub starve_after: Option<Duration>,
 }
 
 /// The migration as others see it.
@@ -50,17 +57,38 @@ pub struct DestinationView {
     pub heard_at: Option<BootTime>,
     /// When the lease ends.
     pub lease_ends: Option<BootTime>,
-    /// Whether the container, if there is one, runs here.
-    pub resumed: bool,
+    /// What the container does here.
+    pub container: ContainerState,
+    /// How long all I/O was held because the lease had not been renewed in time, all in all.
+    pub fenced: Duration,
     /// Whether nothing of a discarded migration is left but the store.
     pub torn_down: bool,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
 }
 
+/// What a destination's container does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ContainerState {
+    /// None moves along, or it has gone with what was discarded.
+    None,
+    /// It has not been restored yet.
+    Awaited,
+    /// It runs.
+    Running,
+    /// It stands still: the lease was not renewed in time.
+    Frozen,
+    /// It stands still: a read waits too long for the source.
+    Starved,
+    /// It ran here and does not any more: it has ended, or this host was restarted.
+    Gone,
+}
+
 enum Command {
     Do(DestinationEvent, oneshot::Sender<Result<(), Denied>>),
     Resume(Epoch, oneshot::Sender<Outcome<()>>),
+    ColdStart(oneshot::Sender<Outcome<()>>),
 }
 
 /// Commands go in here, a view comes out.
@@ -79,7 +107,8 @@ impl DestinationHandle {
             record: machine.record().clone(),
             heard_at: None,
             lease_ends: None,
-            resumed: false,
+            container: ContainerState::None,
+            fenced: Duration::ZERO,
             torn_down: false,
             last_error: None,
         });
@@ -99,6 +128,13 @@ impl DestinationHandle {
     pub async fn resume(&self, epoch: Epoch) -> Outcome<()> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(Command::Resume(epoch, reply)).await.map_err(|_| driver_gone())?;
+        answer.await.map_err(|_| driver_gone())?
+    }
+
+    /// Attaches, mounts and starts the container anew from the disk, where its memory is gone.
+    pub async fn cold_start(&self) -> Outcome<()> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::ColdStart(reply)).await.map_err(|_| driver_gone())?;
         answer.await.map_err(|_| driver_gone())?
     }
 
@@ -128,12 +164,19 @@ struct Driver {
     beating: Option<BoxFuture<'static, BeatResult>>,
     resuming: Option<BoxFuture<'static, Outcome<()>>>,
     telling: Option<BoxFuture<'static, DestinationEvent>>,
+    verifying: Option<BoxFuture<'static, DestinationEvent>>,
+    verifier: Arc<Verifier>,
+    /// After a restart: whether the container has outlived the node.
+    looking: Option<BoxFuture<'static, bool>>,
     waiting: Option<oneshot::Sender<Result<(), Denied>>>,
     resume_waiting: Vec<oneshot::Sender<Outcome<()>>>,
     next_beat: BootTime,
     /// What the gate was told last.
     deadline: Option<Option<BootTime>>,
     resumed: bool,
+    fenced_since: Option<BootTime>,
+    fenced: Duration,
+    starving: bool,
     tearing_down: bool,
     torn_down: bool,
     heard_at: Option<BootTime>,
@@ -150,11 +193,17 @@ impl Driver {
             beating: None,
             resuming: None,
             telling: None,
+            verifying: None,
+            verifier: Arc::default(),
+            looking: None,
             waiting: None,
             resume_waiting: Vec::new(),
             next_beat: BootTime::default(),
             deadline: None,
             resumed: false,
+            fenced_since: None,
+            fenced: Duration::ZERO,
+            starving: false,
             tearing_down: false,
             torn_down: false,
             heard_at: None,
@@ -165,14 +214,17 @@ impl Driver {
     async fn run(mut self, mut inbox: mpsc::Receiver<Command>, stop: CancellationToken) {
         let mut pull = self.world.export.complete();
         let mut told_durable = false;
-        if self.machine.record().owned && self.world.hold.is_running().await {
-            // The node was restarted under a container that lives.
-            self.resumed = true;
+        if self.machine.record().owned {
+            // The node was restarted, perhaps under a container that lives.
+            let hold = self.world.hold.clone();
+            self.looking = Some(Box::pin(async move { hold.is_running().await }));
         }
         loop {
+            self.look_for_starvation();
             self.start_effects();
             self.start_beat();
             self.set_deadline();
+            self.count_fence();
             self.publish();
             let wake = self.wake_at();
             tokio::select! {
@@ -203,7 +255,7 @@ impl Driver {
                         // Not before: no disk content competes with the pause.
                         self.world.export.set_background(true);
                     }
-                    self.machine.handle(clock::now(), DestinationEvent::Resumed);
+                    self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
                     if let Err(failure) = &outcome {
                         self.last_error = Some(failure.message.clone());
                     }
@@ -211,8 +263,19 @@ impl Driver {
                         let _ = reply.send(outcome.clone());
                     }
                 }
+                runs = pending(&mut self.looking) => {
+                    self.looking = None;
+                    self.resumed |= runs;
+                    self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
+                }
                 event = pending(&mut self.telling) => {
                     self.telling = None;
+                    self.note_refusal(&event);
+                    self.machine.handle(clock::now(), event);
+                }
+                event = pending(&mut self.verifying) => {
+                    self.verifying = None;
+                    self.note_refusal(&event);
                     self.machine.handle(clock::now(), event);
                 }
                 Ok(_) = pull.wait_for(|state| *state == PullState::Complete), if !told_durable => {
@@ -246,6 +309,21 @@ impl Driver {
             Command::Do(event, reply) => {
                 self.waiting = Some(reply);
                 self.machine.handle(clock::now(), event);
+            }
+            Command::ColdStart(reply) => {
+                let phase = self.machine.record().phase;
+                if !matches!(phase, DestinationPhase::Active | DestinationPhase::Complete) {
+                    let _ = reply.send(Err(Failure::refused(format!(
+                        "{} is {phase} on this host; a container can be started where the disk is active or complete",
+                        self.world.disk
+                    ))));
+                } else if let Some(why) = self.no_cold_start() {
+                    let _ = reply.send(Err(Failure::refused(why)));
+                } else {
+                    self.resume_waiting.push(reply);
+                    let hold = self.world.hold.clone();
+                    self.resuming = Some(Box::pin(async move { hold.cold_start().await }));
+                }
             }
             Command::Resume(epoch, reply) => {
                 let record = self.machine.record();
@@ -302,11 +380,77 @@ impl Driver {
                 continue;
             }
             let performed = perform(self.world.clone(), effect.clone(), self.progress(), self.subject());
-            if effect == DestinationEffect::TellComplete {
-                self.telling = Some(performed);
-            } else {
-                self.running = Some(performed);
+            match effect {
+                DestinationEffect::TellComplete(_) => self.telling = Some(performed),
+                DestinationEffect::Verify => {
+                    let (verifier, world) = (self.verifier.clone(), self.world.clone());
+                    let subject = self.subject();
+                    self.verifying = Some(Box::pin(async move {
+                        DestinationEvent::Verified(verifier.all(&world.export, &world.peer, &subject).await)
+                    }));
+                }
+                _ => self.running = Some(performed),
             }
+        }
+    }
+
+    /// The operator sees why the source is not released.
+    fn note_refusal(&mut self, event: &DestinationEvent) {
+        if let DestinationEvent::SourceKnows(Err(failure)) | DestinationEvent::Verified(Err(failure)) = event {
+            self.last_error = Some(failure.message.clone());
+        }
+    }
+
+    /// Why the container is not started from the disk alone, if so.
+    fn no_cold_start(&self) -> Option<String> {
+        let disk = &self.world.disk;
+        match self.container() {
+            ContainerState::Gone if self.resuming.is_none() => None,
+            ContainerState::None => Some(format!("no container came with {disk}; attach the disk and use it")),
+            ContainerState::Awaited => Some(format!(
+                "the container of {disk} has not been restored yet, and its checkpoint is here; `lazy-migrate rollback {disk}` \
+                 on the source brings it back if its migration has failed"
+            )),
+            _ => Some(format!("the container of {disk} is here; it can be started anew only when it is gone")),
+        }
+    }
+
+    fn container(&self) -> ContainerState {
+        let record = self.machine.record();
+        match record.phase {
+            _ if record.container.is_none() => ContainerState::None,
+            DestinationPhase::Discarded => ContainerState::None,
+            DestinationPhase::Preparing | DestinationPhase::Ready => ContainerState::Awaited,
+            _ if !self.resumed && (self.looking.is_some() || self.world.hold.has_images()) => ContainerState::Awaited,
+            _ if !self.resumed => ContainerState::Gone,
+            DestinationPhase::Fenced => ContainerState::Frozen,
+            _ if self.starving => ContainerState::Starved,
+            _ => ContainerState::Running,
+        }
+    }
+
+    /// A read that waits longer than the operator wants stops the container, before its file system sees anything.
+    fn look_for_starvation(&mut self) {
+        let Some(limit) = self.world.starve_after else { return };
+        let starving = self.world.export.longest_wait().is_some_and(|wait| wait >= limit);
+        if starving != self.starving {
+            tracing::warn!(disk = self.world.disk, starving, "the container's reads wait for the source");
+            self.starving = starving;
+            self.machine.handle(clock::now(), DestinationEvent::Starving(starving));
+        }
+    }
+
+    /// How long the service stood still for want of a lease.
+    fn count_fence(&mut self) {
+        let now = clock::now();
+        let fenced = self.machine.record().phase == DestinationPhase::Fenced;
+        match (fenced, self.fenced_since) {
+            (true, None) => self.fenced_since = Some(now),
+            (false, Some(since)) => {
+                self.fenced += now.since(since);
+                self.fenced_since = None;
+            }
+            _ => {}
         }
     }
 
@@ -345,6 +489,9 @@ impl Driver {
         if self.machine.beats() && self.beating.is_none() {
             wake = wake.min(self.next_beat);
         }
+        if let Some(limit) = self.world.starve_after {
+            wake = wake.min(clock::now().after((limit / 4).clamp(MIN_LOOK, MAX_LOOK)));
+        }
         self.machine.next_timeout().map_or(wake, |at| wake.min(at))
     }
 
@@ -371,7 +518,8 @@ impl Driver {
                 record: self.machine.record().clone(),
                 heard_at: self.heard_at,
                 lease_ends: self.machine.lease().ends_at().filter(|_| self.machine.beats()),
-                resumed: self.resumed,
+                container: self.container(),
+                fenced: self.fenced + self.fenced_since.map_or(Duration::ZERO, |since| clock::now().since(since)),
                 torn_down: self.torn_down,
                 last_error: self.last_error.clone(),
             }
@@ -404,14 +552,14 @@ fn perform(
             DestinationEffect::StartPull => world.export.set_background(true),
             DestinationEffect::FreezeContainer => world.hold.freeze().await,
             DestinationEffect::ThawContainer => world.hold.thaw().await,
-            DestinationEffect::TellComplete => {
-                let told = world.peer.call(&Request::Complete { subject, progress }, COMPLETE_TIME).await;
+            DestinationEffect::TellComplete(grant) => {
+                let told = world.peer.call(&Request::Complete { subject, progress, grant }, COMPLETE_TIME).await;
                 return DestinationEvent::SourceKnows(match told {
                     Ok(_) => Ok(()),
                     Err(error) => Err(error.into_failure()),
                 });
             }
-            DestinationEffect::TearDown | DestinationEffect::Answer(_) => {}
+            DestinationEffect::Verify | DestinationEffect::TearDown | DestinationEffect::Answer(_) => {}
         }
         DestinationEvent::Done
     })
@@ -435,7 +583,8 @@ fn name(effect: &DestinationEffect) -> &'static str {
         DestinationEffect::FreezeContainer => "freeze",
         DestinationEffect::ThawContainer => "thaw",
         DestinationEffect::TearDown => "tear down",
-        DestinationEffect::TellComplete => "tell that it is complete",
+        DestinationEffect::Verify => "verify",
+        DestinationEffect::TellComplete(_) => "tell that it is complete",
         DestinationEffect::Answer(_) => "answer",
     }
 }

@@ -19,6 +19,7 @@ use crate::control::api::{MigrateAsk, MigrateEvent, MigrateReport};
 use crate::error::{Failure, Kind, Outcome, chain};
 use crate::migration::machine::SourceEvent;
 use crate::migration::phase::SourcePhase;
+use crate::migration::record::RollbackMode;
 use crate::peer::client::CallError;
 use crate::peer::{Request, images};
 
@@ -96,6 +97,13 @@ impl Run {
             return Err(self.after_failed_handover(failure));
         }
         self.tell(MigrateEvent::HandedOver { at_ms: self.at_ms() });
+        let hold = self.world.hold.clone();
+        // Beside the rest: the container waits.
+        tokio::spawn(async move {
+            if let Err(failure) = hold.keep_images().await {
+                tracing::warn!(%failure, "kept in memory only");
+            }
+        });
         self.resume().await?;
         let frozen_ms = u64::try_from(frozen_at.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.world.source.set_frozen_ms(frozen_ms);
@@ -168,7 +176,11 @@ impl Run {
             match self.world.source.peer().call(&Request::Resume { subject }, RESUME_TIME).await {
                 Ok(_) => return Ok(()),
                 Err(CallError::Refused(failure)) => {
-                    let back = self.world.source.command(SourceEvent::RollBack { insist: true }).await;
+                    let back = self
+                        .world
+                        .source
+                        .command(SourceEvent::RollBack { mode: RollbackMode::FreezePoint, insist: true })
+                        .await;
                     return Err(match back {
                         Ok(()) => Failure::failed(format!(
                             "the container could not be restored at the destination, and goes on here: {failure}"

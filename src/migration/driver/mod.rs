@@ -7,12 +7,15 @@ mod container;
 mod destination;
 mod migrate;
 mod source;
+mod verify;
 
 pub use container::{DestinationHold, Found, Places, Runtimes, SourceHold};
-pub use destination::{DestinationHandle, DestinationView, DestinationWorld};
+pub use destination::{ContainerState, DestinationHandle, DestinationView, DestinationWorld};
 pub use migrate::{MigrateWorld, migrate};
-pub(crate) use source::new_record;
 pub use source::{SourceHandle, SourceView, SourceWorld};
+pub(crate) use source::{check_unchanged, new_record};
+pub(crate) use verify::checksums;
+pub use verify::verify;
 
 use std::sync::{Arc, Mutex};
 
@@ -51,7 +54,12 @@ pub(crate) fn denied(denied: Denied) -> Failure {
             failure.retry_after_ms = Some(unsafe_for.as_millis().try_into().unwrap_or(u64::MAX));
             failure
         }
-        Denied::Busy => {
+        Denied::AskedBack { void_in } => {
+            let mut failure = Failure::refused(&denied);
+            failure.retry_after_ms = Some(void_in.as_millis().try_into().unwrap_or(u64::MAX));
+            failure
+        }
+        Denied::Busy | Denied::OldWord => {
             let mut failure = Failure::refused(&denied);
             failure.retry_after_ms = Some(BUSY_RETRY_MS);
             failure

@@ -13,9 +13,9 @@ use crate::clock;
 use crate::error::{Failure, Kind, Outcome};
 use crate::export::{GateMode, LazyExport};
 use crate::migration::lease::Beat;
-use crate::migration::machine::{BeatAnswer, Denied, PeerWord, SourceEffect, SourceEvent, SourceMachine};
+use crate::migration::machine::{BeatAnswer, Denied, Grant, PeerWord, SourceEffect, SourceEvent, SourceMachine};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
-use crate::migration::record::{MigrationId, Record, SourceRecord};
+use crate::migration::record::{LinkPolicy, MigrationId, Record, SourceRecord};
 use crate::peer::client::{CallError, PeerClient};
 use crate::peer::{PrepareAsk, Progress, Request, Subject};
 use crate::units::{BootTime, Epoch};
@@ -28,6 +28,9 @@ const TELL_TIME: Duration = Duration::from_secs(3);
 const CANCEL_TIME: Duration = Duration::from_secs(2);
 /// A link is called up when a beat came within this many beat intervals.
 const BEATS_UNTIL_DOWN: u32 = 3;
+
+/// How long a driver sleeps that waits for no time.
+const IDLE: Duration = Duration::from_secs(60);
 
 /// What the driver acts on.
 pub struct SourceWorld {
@@ -137,9 +140,9 @@ impl SourceHandle {
     }
 
     /// The destination says that it holds everything.
-    pub async fn complete(&self, epoch: Epoch, progress: Progress) -> Outcome<()> {
+    pub async fn complete(&self, epoch: Epoch, progress: Progress, grant: Grant) -> Outcome<()> {
         self.commands.send(Command::Progress(progress)).await.map_err(|_| driver_gone())?;
-        self.command(SourceEvent::PeerComplete(epoch)).await
+        self.command(SourceEvent::PeerComplete { epoch, grant }).await
     }
 
     /// The migration as it is now.
@@ -200,9 +203,11 @@ async fn drive(
         if let Some((reply, result)) = answered {
             let _ = reply.send(result);
         }
+        let wake = machine.next_timeout().unwrap_or_else(|| clock::now().after(IDLE));
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
+            () = clock::sleep_until(wake) => machine.handle(clock::now(), SourceEvent::Tick),
             event = async { match &mut running { Some(effect) => effect.await, None => std::future::pending().await } } => {
                 running = None;
                 machine.handle(clock::now(), event);
@@ -259,7 +264,7 @@ fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) 
         let subject = Subject { disk: world.disk.clone(), migration: record.migration.clone(), epoch: record.epoch };
         match effect {
             SourceEffect::Journal(record) => {
-                SourceEvent::Journaled(append(&world.journal, Record::Source(record)).await)
+                SourceEvent::Journaled(append(&world.journal, Record::Source(*record)).await)
             }
             SourceEffect::AskPrepare => {
                 let Some(ask) = world.ask.clone() else { return SourceEvent::Done };
@@ -267,29 +272,37 @@ fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) 
             }
             SourceEffect::Seal => {
                 world.export.gate().set(GateMode::ReadOnly).await;
-                SourceEvent::Sealed(world.export.persist().await.map_err(|errno| {
+                let sealed = world.export.persist().await.map_err(|errno| {
                     Failure::failed(format!("cannot make {} durable before the handover: {errno}", world.disk))
-                }))
+                });
+                SourceEvent::Sealed(
+                    sealed.and_then(|()| world.export.mark().map_err(|error| unreadable(&world.disk, &error))),
+                )
             }
             SourceEffect::TellHandover(beat) => {
                 SourceEvent::PeerTold(word(&world, &Request::Handover { subject, beat }, TELL_TIME).await)
             }
             SourceEffect::TellCancel => {
-                let _ = world.peer.call(&Request::Discard { subject }, CANCEL_TIME).await;
+                let _ = world.peer.call(&Request::Discard { subject, beat: None }, CANCEL_TIME).await;
                 SourceEvent::Done
             }
-            SourceEffect::TellDiscard(within) => {
-                SourceEvent::PeerDiscard(word(&world, &Request::Discard { subject }, within).await)
+            SourceEffect::TellDiscard { within, beat } => {
+                let request = Request::Discard { subject, beat: Some(beat) };
+                SourceEvent::PeerDiscard(word(&world, &request, within).await)
             }
+            SourceEffect::CheckUnchanged => SourceEvent::Unchanged(check_unchanged(&world.export, &record)),
             SourceEffect::Unseal => {
                 world.export.gate().set(GateMode::Open).await;
                 SourceEvent::Done
             }
             SourceEffect::Thaw => {
-                if let Err(failure) = world.hold.thaw().await {
-                    tracing::error!(disk = world.disk, %failure, "the container could not be thawed");
+                let thawed = world.hold.thaw().await;
+                if let Err(failure) = &thawed {
+                    tracing::error!(disk = world.disk, %failure, "the container does not go on");
                 }
-                SourceEvent::Done
+                SourceEvent::Thawed(thawed.map_err(|failure| {
+                    failure.context("the disk is this host's and read-write again, but its container does not go on")
+                }))
             }
             SourceEffect::ReleaseContainer => {
                 if let Err(failure) = world.hold.release().await {
@@ -300,6 +313,24 @@ fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) 
             SourceEffect::Answer(_) => SourceEvent::Done,
         }
     })
+}
+
+/// Nobody may write to a disk that was handed over, and this node does not. An image file tells who did all the same.
+pub(crate) fn check_unchanged(export: &LazyExport, record: &SourceRecord) -> Outcome<()> {
+    let Some(seal) = record.seal else { return Ok(()) };
+    let disk = export.name();
+    let found = export.mark().map_err(|error| unreadable(disk, &error))?;
+    if found == Some(seal) {
+        return Ok(());
+    }
+    Err(Failure::failed(format!(
+        "somebody wrote to the image of {disk} after it was frozen and handed over, so it is not released; find out who, \
+         then see docs/failure.md, \"The image was changed\""
+    )))
+}
+
+fn unreadable(disk: &str, error: &std::io::Error) -> Failure {
+    Failure::failed(format!("cannot look at the image of {disk}: {error}"))
 }
 
 async fn word(world: &SourceWorld, request: &Request, within: Duration) -> PeerWord {
@@ -321,7 +352,8 @@ fn name(effect: &SourceEffect) -> &'static str {
         SourceEffect::Seal => "seal",
         SourceEffect::TellHandover(_) => "tell the handover",
         SourceEffect::TellCancel => "tell the cancel",
-        SourceEffect::TellDiscard(_) => "tell to discard",
+        SourceEffect::TellDiscard { .. } => "tell to discard",
+        SourceEffect::CheckUnchanged => "look whether the image was changed",
         SourceEffect::Unseal => "unseal",
         SourceEffect::Thaw => "thaw",
         SourceEffect::ReleaseContainer => "release",
@@ -335,8 +367,10 @@ pub(crate) fn new_record(
     epoch: Epoch,
     peer: &str,
     timings: crate::migration::lease::Timings,
+    policy: LinkPolicy,
 ) -> SourceRecord {
-    SourceRecord { migration, epoch, phase: SourcePhase::Serving, peer: peer.into(), timings, container: None }
+    let (phase, peer) = (SourcePhase::Serving, peer.into());
+    SourceRecord { migration, epoch, phase, peer, timings, container: None, policy, seal: None }
 }
 
 #[cfg(test)]
@@ -374,7 +408,13 @@ mod tests {
             ask: None,
             hold: Arc::new(hold),
         };
-        let record = new_record(MigrationId("m".into()), Epoch::default().next(), &peer, Timings::default());
+        let record = new_record(
+            MigrationId("m".into()),
+            Epoch::default().next(),
+            &peer,
+            Timings::default(),
+            LinkPolicy::default(),
+        );
         let record = SourceRecord { phase: SourcePhase::Frozen, ..record };
         let handle = SourceHandle::spawn(world, SourceMachine::recover(record, clock::now()), stop.clone());
         // The destination is being told.

@@ -8,13 +8,17 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
-use super::{BeatAnswer, Command, Denied};
-use crate::error::Failure;
+use super::{BeatAnswer, Command, Denied, Grant};
+use crate::error::{Failure, Kind};
 use crate::migration::lease::{Beat, HeldLease};
 use crate::migration::phase::{DestinationPhase, DestinationStep};
 use crate::migration::record::DestinationRecord;
 use crate::units::{BootTime, Epoch};
+
+/// How long after a comparison that failed the next one is made.
+const VERIFY_AGAIN: Duration = Duration::from_secs(30);
 
 /// Something to do. The driver does them one after the other and reports each.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,9 +39,12 @@ pub enum DestinationEffect {
     ThawContainer,
     /// The container is killed, its device torn down.
     TearDown,
-    /// Tell the source that every block is durable here; report with [`DestinationEvent::SourceKnows`]. The only one
-    /// that is done beside the others: the source may not answer, and a fence must not wait for that.
-    TellComplete,
+    /// Compare every block that was not written here with the source's; report with [`DestinationEvent::Verified`].
+    /// Done beside the others, like the next one: a fence must not wait for it.
+    Verify,
+    /// Tell the source that every block is durable here; report with [`DestinationEvent::SourceKnows`]. The source may
+    /// not answer.
+    TellComplete(Grant),
     /// The command that is being done has ended.
     Answer(Result<(), Denied>),
 }
@@ -65,12 +72,25 @@ pub enum DestinationEvent {
     Tick,
     /// Every block is present, and durable with its bit.
     AllDurable,
+    /// The answer to [`DestinationEffect::Verify`]: what came from the source is what the source has, or not.
+    Verified(Result<(), Failure>),
+    /// A read waits longer for the source than the operator wants the container to see, or none does any more.
+    Starving(bool),
     /// The answer to [`DestinationEffect::TellComplete`]: the source has recorded its release, or not.
     SourceKnows(Result<(), Failure>),
     /// The source cancelled or rolled back, at this epoch.
-    Discard(Epoch),
-    /// The container was restored, which takes its time: the lease may have ended meanwhile.
-    Resumed,
+    Discard {
+        /// At this epoch.
+        epoch: Epoch,
+        /// The last beat that the source had heard; a host that owns the disk heeds the word only while that is not older
+        /// than a lease. `None` before the handover.
+        beat: Option<Beat>,
+    },
+    /// The restore has ended (or it was looked for what outlived the node), which takes its time: the lease may have ended meanwhile.
+    Resumed {
+        /// Whether the container runs here now.
+        runs: bool,
+    },
     /// The record is durable, or could not be made so.
     Journaled(Result<(), Failure>),
     /// Any other effect has ended.
@@ -82,7 +102,15 @@ pub struct DestinationMachine {
     record: DestinationRecord,
     lease: HeldLease,
     all_durable: bool,
+    verifying: bool,
+    verified: bool,
+    verify_at: BootTime,
     telling: bool,
+    /// The last granting answer.
+    grant: Grant,
+    /// The container runs here, or would if it were not frozen.
+    runs: bool,
+    starving: bool,
     command: Command,
     /// Where a completion that cannot be recorded goes back to.
     before_complete: DestinationPhase,
@@ -93,9 +121,10 @@ pub struct DestinationMachine {
 }
 
 impl DestinationMachine {
-    /// A new migration, to be made ready; `record` is at [`DestinationPhase::Preparing`]. It is journaled first.
-    pub fn new(record: DestinationRecord) -> Self {
-        let lease = HeldLease::new(record.timings);
+    /// A new migration, to be made ready; `record` is at [`DestinationPhase::Preparing`]. It is journaled first. Beats are
+    /// numbered from `first` on: see [`HeldLease::new`].
+    pub fn new(record: DestinationRecord, first: Beat) -> Self {
+        let lease = HeldLease::new(record.timings, first);
         let effects = VecDeque::from([DestinationEffect::Journal(record.clone())]);
         Self {
             before_complete: record.phase,
@@ -104,15 +133,22 @@ impl DestinationMachine {
             record,
             lease,
             all_durable: false,
+            verifying: false,
+            verified: false,
+            verify_at: BootTime::default(),
             telling: false,
+            grant: Grant::default(),
+            runs: false,
+            starving: false,
             command: Command::None,
             effects,
         }
     }
 
-    /// After a restart. What was not handed over is given up; what was waits, fenced, for a renewed lease.
-    pub fn recover(record: DestinationRecord) -> Self {
-        let mut machine = Self::new(record);
+    /// After a restart. What was not handed over is given up; what was waits, fenced, for a renewed lease. Whether the
+    /// container has outlived the node is told by [`DestinationEvent::Resumed`]; if not, nothing is started by itself.
+    pub fn recover(record: DestinationRecord, first: Beat) -> Self {
+        let mut machine = Self::new(record, first);
         machine.effects.clear();
         match machine.record.phase {
             DestinationPhase::Preparing | DestinationPhase::Ready => {
@@ -206,9 +242,13 @@ impl DestinationMachine {
                 machine.answer(Ok(()));
                 Ok(())
             }),
-            DestinationEvent::Discard(epoch) => self.command(|machine| {
+            DestinationEvent::Discard { epoch, beat } => self.command(|machine| {
                 machine.check_epoch(epoch)?;
                 machine.record.phase.step(DestinationStep::Discard)?;
+                let owns = matches!(machine.record.phase, DestinationPhase::Active | DestinationPhase::Fenced);
+                if owns && !beat.is_some_and(|beat| machine.lease.is_fresh(now, beat)) {
+                    return Err(Denied::OldWord);
+                }
                 machine.discard();
                 // Recorded, closed and frozen is enough for the source to go on; the rest takes its time.
                 machine.answer(Ok(()));
@@ -219,7 +259,26 @@ impl DestinationMachine {
             DestinationEvent::Tick => self.fence_if_over(now),
             DestinationEvent::AllDurable => {
                 self.all_durable = true;
-                self.tell_complete();
+                self.tell_complete(now);
+            }
+            DestinationEvent::Verified(result) => {
+                self.verifying = false;
+                self.verified = result.is_ok();
+                let unheard = result.is_err_and(|failure| failure.kind == Kind::Unreachable);
+                // Again with a beat that is answered.
+                self.verify_at = if unheard { now } else { now.after(VERIFY_AGAIN) };
+                if self.verified {
+                    self.tell_complete(now);
+                }
+            }
+            DestinationEvent::Starving(starving) => {
+                if self.starving != starving && self.record.phase == DestinationPhase::Active {
+                    self.effects.push_back(match starving {
+                        true => DestinationEffect::FreezeContainer,
+                        false => DestinationEffect::ThawContainer,
+                    });
+                }
+                self.starving = starving;
             }
             DestinationEvent::SourceKnows(result) => {
                 self.telling = false;
@@ -227,8 +286,10 @@ impl DestinationMachine {
                     self.complete();
                 }
             }
-            DestinationEvent::Resumed => {
-                if matches!(self.record.phase, DestinationPhase::Fenced | DestinationPhase::Discarded) {
+            DestinationEvent::Resumed { runs } => {
+                self.runs = runs;
+                let starves = self.starving && self.record.phase == DestinationPhase::Active;
+                if starves || matches!(self.record.phase, DestinationPhase::Fenced | DestinationPhase::Discarded) {
                     self.effects.push_back(DestinationEffect::FreezeContainer);
                 }
             }
@@ -260,19 +321,22 @@ impl DestinationMachine {
 
     fn beat_answered(&mut self, now: BootTime, beat: Beat, answer: BeatAnswer) {
         match answer {
-            BeatAnswer::Granted => {
+            BeatAnswer::Granted(grant) => {
+                if matches!(self.record.phase, DestinationPhase::Active | DestinationPhase::Fenced) {
+                    self.grant = self.grant.max(grant);
+                }
                 let holds = self.lease.renew(now, beat);
                 if holds && self.record.phase == DestinationPhase::Fenced && self.step(DestinationStep::Unfence).is_ok()
                 {
-                    self.effects.extend([
-                        DestinationEffect::Open,
-                        DestinationEffect::ThawContainer,
-                        DestinationEffect::StartPull,
-                    ]);
+                    self.effects.push_back(DestinationEffect::Open);
+                    self.thaw();
+                    self.effects.push_back(DestinationEffect::StartPull);
                 }
                 self.fence_if_over(now);
-                self.tell_complete();
+                self.tell_complete(now);
             }
+            // An answer that lay on the link for longer than a lease may have been thought better of.
+            BeatAnswer::GiveBack if !self.lease.is_fresh(now, beat) => {}
             BeatAnswer::GiveBack | BeatAnswer::RolledBack => {
                 if self.record.phase.step(DestinationStep::Discard).is_ok() {
                     self.discard();
@@ -298,10 +362,28 @@ impl DestinationMachine {
         }
     }
 
-    fn tell_complete(&mut self) {
-        if self.all_durable && !self.telling && self.record.phase == DestinationPhase::Active {
+    /// Everything is here: it is compared, then the source is told. But never before the container runs here: what the
+    /// source keeps of it would be gone.
+    fn tell_complete(&mut self, now: BootTime) {
+        let moved = self.runs || self.record.container.is_none();
+        if !self.all_durable || !moved || self.record.phase != DestinationPhase::Active {
+            return;
+        }
+        if !self.verified {
+            if !self.verifying && now >= self.verify_at {
+                self.verifying = true;
+                self.effects.push_back(DestinationEffect::Verify);
+            }
+        } else if !self.telling {
             self.telling = true;
-            self.effects.push_back(DestinationEffect::TellComplete);
+            self.effects.push_back(DestinationEffect::TellComplete(self.grant));
+        }
+    }
+
+    /// The container goes on, unless it would only wait for its disk.
+    fn thaw(&mut self) {
+        if !self.starving {
+            self.effects.push_back(DestinationEffect::ThawContainer);
         }
     }
 
@@ -315,7 +397,8 @@ impl DestinationMachine {
             self.before_complete = before;
             self.journal();
             if fenced {
-                self.effects.extend([DestinationEffect::Open, DestinationEffect::ThawContainer]);
+                self.effects.push_back(DestinationEffect::Open);
+                self.thaw();
             }
         }
     }

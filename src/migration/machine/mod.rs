@@ -17,12 +17,18 @@ use std::time::Duration;
 
 use super::phase::{Refusal, Refused};
 
+/// The number of a granting answer; rises by one with each, as long as the source's node lives. The word that all is
+/// durable carries the last one: it shows that the destination was alive after that answer was given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(transparent)]
+pub struct Grant(pub u64);
+
 /// What the source answers to a beat.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum BeatAnswer {
     /// Heard; nothing is handed over yet, or the lease is renewed.
-    Granted,
+    Granted(Grant),
     /// The source wants the disk back: stop, discard, and say so.
     GiveBack,
     /// The source owns the disk again.
@@ -57,9 +63,15 @@ pub enum Denied {
     /// The destination is not known to be alive.
     #[error("no fresh heartbeat links the two hosts; check the peer link and try again")]
     NoBeat,
-    /// The disk was asked back from the destination, which may have discarded it.
-    #[error("the disk was asked back, and may be discarded at the destination; repeat `lazy-migrate rollback`")]
-    AskedBack,
+    /// The disk was asked back from the destination, which may yet discard it.
+    #[error("the disk was asked back, and the destination may yet discard it; the word is void in {:.1} s", void_in.as_secs_f64())]
+    AskedBack {
+        /// Until the destination would ignore that word.
+        void_in: Duration,
+    },
+    /// The word refers to a beat that was sent longer than a lease ago, or by an earlier process.
+    #[error("the word is older than a lease; give it again")]
+    OldWord,
     /// The journal could not be written, so that its end is not known.
     #[error("an earlier record could not be written, so it is not known how far the migration is; restart the node")]
     Unrecorded,

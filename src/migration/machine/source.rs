@@ -9,12 +9,12 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::{BeatAnswer, Command, Denied};
+use super::{BeatAnswer, Command, Denied, Grant};
 use crate::error::Failure;
 use crate::migration::lease::{Beat, GrantedLease};
 use crate::migration::phase::{DestinationPhase, Refusal, SourcePhase, SourceStep};
-use crate::migration::record::{SourceContainer, SourceRecord};
-use crate::units::{BootTime, Epoch};
+use crate::migration::record::{OnLinkFailure, RollbackMode, SourceContainer, SourceRecord};
+use crate::units::{BootTime, Epoch, ImageMark};
 
 /// How long a rollback that is safe already still tries to tell the destination first.
 const TELL_WHEN_SAFE: Duration = Duration::from_millis(300);
@@ -25,7 +25,7 @@ const TELL_WHEN_UNSAFE: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug, PartialEq)]
 pub enum SourceEffect {
     /// Make the record durable.
-    Journal(SourceRecord),
+    Journal(Box<SourceRecord>),
     /// Ask the destination to prepare; report with [`SourceEvent::PeerPrepared`].
     AskPrepare,
     /// Make the disk read-only, settle what is in flight, sync; report with [`SourceEvent::Sealed`].
@@ -34,12 +34,20 @@ pub enum SourceEffect {
     TellHandover(Beat),
     /// Tell the destination to forget it, as far as it can be reached.
     TellCancel,
-    /// Tell the destination to discard, for at most this long; report with [`SourceEvent::PeerDiscard`].
-    TellDiscard(Duration),
+    /// Tell the destination to discard; report with [`SourceEvent::PeerDiscard`].
+    TellDiscard {
+        /// For at most this long.
+        within: Duration,
+        /// The last beat that was heard: the word is void when that is older than a lease.
+        beat: Beat,
+    },
     /// The disk is read-write again.
     Unseal,
-    /// The file system is thawed, the container resumed, its network opened.
+    /// The file system is thawed, the container resumed (or restored, if this host was restarted), its network opened;
+    /// report with [`SourceEvent::Thawed`].
     Thaw,
+    /// Has anybody written to the image behind our back since it was sealed? Report with [`SourceEvent::Unchanged`].
+    CheckUnchanged,
     /// The container and its device are not needed any more.
     ReleaseContainer,
     /// The command that is being done has ended.
@@ -70,6 +78,8 @@ pub enum SourceEvent {
     Cancel,
     /// An operator rolls back; `insist` keeps the lease from being renewed until it is safe.
     RollBack {
+        /// What is restored.
+        mode: RollbackMode,
         /// Stop renewing: the operator waits for the disk.
         insist: bool,
     },
@@ -78,15 +88,35 @@ pub enum SourceEvent {
     /// The answer to [`SourceEffect::AskPrepare`].
     PeerPrepared(PeerWord),
     /// The answer to [`SourceEffect::Seal`].
-    Sealed(Result<(), Failure>),
+    Sealed(Result<Option<ImageMark>, Failure>),
     /// The answer to [`SourceEffect::TellHandover`].
     PeerTold(PeerWord),
     /// The answer to [`SourceEffect::TellDiscard`].
     PeerDiscard(PeerWord),
     /// The destination says that it holds every block durably.
-    PeerComplete(Epoch),
+    PeerComplete {
+        /// At this epoch.
+        epoch: Epoch,
+        /// The last granting answer that it had received by then.
+        grant: Grant,
+    },
+    /// The answer to [`SourceEffect::Thaw`].
+    Thawed(Result<(), Failure>),
+    /// The answer to [`SourceEffect::CheckUnchanged`].
+    Unchanged(Result<(), Failure>),
+    /// Time has passed.
+    Tick,
     /// Any other effect has ended.
     Done,
+}
+
+/// The disk was asked back without success.
+#[derive(Clone, Copy, Debug)]
+struct AskedBack {
+    /// From then on the destination ignores what it was told.
+    void_at: BootTime,
+    /// The first granting answer that was given after that: whoever has it has not discarded, and will not.
+    survived: Option<Grant>,
 }
 
 /// See the module's text.
@@ -96,8 +126,12 @@ pub struct SourceMachine {
     told: bool,
     insisting: bool,
     rolling_back: bool,
-    /// The destination may have been told to discard: it is not released any more, whatever it said before.
-    asked_back: bool,
+    /// The destination was told to discard, and may yet do so: it is not released until that is impossible.
+    asked_back: Option<AskedBack>,
+    /// The number of the last granting answer.
+    grant: Grant,
+    /// When this side takes the disk back by itself, if it is to and nothing is heard.
+    give_up_at: Option<BootTime>,
     /// A release or rollback could not be recorded: which of them the journal will say later, nobody knows.
     unrecorded: bool,
     /// Why the destination did not take the disk, while it is asked to forget it.
@@ -123,7 +157,9 @@ impl SourceMachine {
             told: false,
             insisting: false,
             rolling_back: false,
-            asked_back: false,
+            asked_back: None,
+            grant: Grant::default(),
+            give_up_at: None,
             unrecorded: false,
             refused: None,
             command: Command::None,
@@ -144,7 +180,10 @@ impl SourceMachine {
                 machine.effects.push_back(SourceEffect::TellCancel);
                 machine.back_to_serving();
             }
-            SourcePhase::HandedOver => machine.lease = Some(GrantedLease::new(machine.record.timings, now)),
+            SourcePhase::HandedOver => {
+                machine.lease = Some(GrantedLease::new(machine.record.timings, now));
+                machine.heard(now);
+            }
             SourcePhase::RolledBack => machine.finish_rollback(),
             SourcePhase::Released => machine.effects.push_back(SourceEffect::ReleaseContainer),
             SourcePhase::Serving => {}
@@ -177,12 +216,18 @@ impl SourceMachine {
         self.lease.as_ref().filter(|_| self.record.phase == SourcePhase::HandedOver)
     }
 
+    /// When [`SourceEvent::Tick`] is due.
+    pub fn next_timeout(&self) -> Option<BootTime> {
+        let waits = self.record.phase == SourcePhase::HandedOver && !self.unrecorded;
+        self.give_up_at.filter(|_| waits && !self.rolling_back && !self.is_busy())
+    }
+
     /// The next thing to do.
     pub fn poll_effect(&mut self) -> Option<SourceEffect> {
         let effect = self.effects.pop_front();
         match &effect {
             Some(SourceEffect::Answer(_)) => self.command = Command::None,
-            Some(SourceEffect::Journal(record)) => self.writing = Some(record.clone()),
+            Some(SourceEffect::Journal(record)) => self.writing = Some(SourceRecord::clone(record)),
             _ => {}
         }
         effect
@@ -201,20 +246,26 @@ impl SourceMachine {
             SourcePhase::Released => BeatAnswer::Released,
             SourcePhase::Serving | SourcePhase::RolledBack => BeatAnswer::RolledBack,
             SourcePhase::Preparing | SourcePhase::Frozen => {
-                self.last_beat = self.last_beat.max(Some(beat));
-                BeatAnswer::Granted
+                self.last_beat = Some(beat);
+                BeatAnswer::Granted(self.next_grant())
             }
             SourcePhase::HandedOver if self.wants_back() || theirs == DestinationPhase::Discarded => {
-                self.asked_back = true;
+                self.last_beat = Some(beat);
+                self.note_asked_back(now);
                 BeatAnswer::GiveBack
             }
             SourcePhase::HandedOver => {
                 if let Some(lease) = &mut self.lease {
                     lease.grant(now);
                 }
-                self.last_beat = self.last_beat.max(Some(beat));
+                self.heard(now);
+                self.last_beat = Some(beat);
                 self.told |= matches!(theirs, DestinationPhase::Active | DestinationPhase::Fenced);
-                BeatAnswer::Granted
+                let grant = self.next_grant();
+                if let Some(asked) = self.asked_back.as_mut().filter(|asked| now >= asked.void_at) {
+                    asked.survived.get_or_insert(grant);
+                }
+                BeatAnswer::Granted(grant)
             }
         }
     }
@@ -268,31 +319,50 @@ impl SourceMachine {
                 machine.answer(Ok(()));
                 Ok(())
             }),
-            SourceEvent::RollBack { insist } => self.command(|machine| {
+            SourceEvent::RollBack { mode: RollbackMode::FreezePoint, insist } => self.command(|machine| {
                 machine.record.phase.step(SourceStep::RollBack)?;
                 if machine.unrecorded {
                     return Err(Denied::Unrecorded);
                 }
                 machine.insisting |= insist;
-                let safe = machine.unsafe_for(now).is_zero();
-                machine.ask_back(if safe { TELL_WHEN_SAFE } else { TELL_WHEN_UNSAFE });
+                machine.ask_back(now);
                 Ok(())
             }),
-            SourceEvent::PeerComplete(epoch) => self.command(|machine| {
+            SourceEvent::Thawed(Ok(())) => {}
+            // The disk is back all the same; whoever waits for the container must hear that it is not.
+            SourceEvent::Thawed(Err(failure)) => {
+                for effect in &mut self.effects {
+                    if let SourceEffect::Answer(answer @ Ok(())) = effect {
+                        *answer = Err(Denied::Failed(failure.clone()));
+                    }
+                }
+            }
+            SourceEvent::Tick => self.give_up_waiting(now),
+            SourceEvent::PeerComplete { epoch, grant } => self.command(|machine| {
                 if epoch != machine.record.epoch {
                     return Err(Denied::Stale { theirs: epoch.0, ours: machine.record.epoch.0 });
                 }
                 machine.record.phase.step(SourceStep::Release)?;
-                if machine.asked_back {
-                    // Its word may be older than ours: releasing now could leave the disk without an owner.
-                    return Err(Denied::AskedBack);
+                if let Some(asked) = machine.asked_back {
+                    if asked.survived.is_none_or(|survived| grant < survived) {
+                        // Its word may be older than ours: releasing now could leave the disk without an owner.
+                        return Err(Denied::AskedBack { void_in: asked.void_at.since(now) });
+                    }
+                    machine.asked_back = None;
                 }
-                machine.step(SourceStep::Release)?;
-                machine.journal();
-                machine.answer(Ok(()));
-                machine.effects.push_back(SourceEffect::ReleaseContainer);
+                machine.effects.push_back(SourceEffect::CheckUnchanged);
                 Ok(())
             }),
+            SourceEvent::Unchanged(Ok(())) => {
+                // Nothing else was begun meanwhile: this is a command.
+                if let Err(denied) = self.step(SourceStep::Release) {
+                    return self.answer(Err(denied));
+                }
+                self.journal();
+                self.answer(Ok(()));
+                self.effects.push_back(SourceEffect::ReleaseContainer);
+            }
+            SourceEvent::Unchanged(Err(failure)) => self.answer(Err(Denied::Failed(failure))),
             SourceEvent::Done => {}
             SourceEvent::Journaled(Ok(())) => {
                 if let Some(record) = self.writing.take() {
@@ -307,13 +377,15 @@ impl SourceMachine {
                 }
                 PeerWord::No(failure) | PeerWord::Silence(failure) => self.give_up(failure),
             },
-            SourceEvent::Sealed(Ok(())) => match self.last_beat {
+            SourceEvent::Sealed(Ok(seal)) => match self.last_beat {
                 Some(beat) => {
+                    self.record.seal = seal;
                     if let Err(denied) = self.step(SourceStep::HandOver) {
                         return self.answer(Err(denied));
                     }
                     // The record first: from here on the destination may own the disk.
                     self.lease = Some(GrantedLease::new(self.record.timings, now));
+                    self.heard(now);
                     self.journal();
                     self.effects.push_back(SourceEffect::TellHandover(beat));
                 }
@@ -329,7 +401,7 @@ impl SourceMachine {
                 // disk first. Nothing ran there, so the freeze point is still the present.
                 PeerWord::No(failure) => {
                     self.refused = Some(failure);
-                    self.ask_back(TELL_WHEN_UNSAFE);
+                    self.ask_back(now);
                 }
                 PeerWord::Silence(failure) => self.answer(Err(Denied::Failed(failure))),
             },
@@ -352,11 +424,13 @@ impl SourceMachine {
             PeerWord::Yes => {}
             PeerWord::No(failure) => {
                 self.insisting = false;
+                self.heard(now);
                 return self.answer(Err(Denied::Failed(failure)));
             }
             PeerWord::Silence(_) => {
                 let unsafe_for = self.unsafe_for(now);
                 if !unsafe_for.is_zero() {
+                    self.give_up_at = self.give_up_at.map(|_| now.after(unsafe_for));
                     return self.answer(Err(Denied::NotSafeYet { unsafe_for }));
                 }
             }
@@ -365,10 +439,40 @@ impl SourceMachine {
         self.answer(outcome);
     }
 
-    fn ask_back(&mut self, within: Duration) {
+    /// Tells the destination to discard. Without a beat since this node was started there is nobody to tell.
+    fn ask_back(&mut self, now: BootTime) {
+        let Some(beat) = self.last_beat else {
+            return self.discard_answered(now, PeerWord::Silence(Failure::unreachable("it was not heard yet")));
+        };
         self.rolling_back = true;
-        self.asked_back = true;
-        self.effects.push_back(SourceEffect::TellDiscard(within));
+        self.note_asked_back(now);
+        let within = if self.unsafe_for(now).is_zero() { TELL_WHEN_SAFE } else { TELL_WHEN_UNSAFE };
+        self.effects.push_back(SourceEffect::TellDiscard { within, beat });
+    }
+
+    /// The destination is told to discard at `now`, and would ignore that word later than a lease from now.
+    fn note_asked_back(&mut self, now: BootTime) {
+        let void_at = GrantedLease::void_at(self.record.timings, now);
+        self.asked_back = Some(AskedBack { void_at, survived: None });
+    }
+
+    /// Somebody who waits for too long takes the disk back, if that was ordered.
+    fn give_up_waiting(&mut self, now: BootTime) {
+        if self.next_timeout().is_some_and(|at| now >= at) {
+            self.insisting = true;
+            self.ask_back(now);
+        }
+    }
+
+    /// The destination lives: from now on its silence is counted.
+    fn heard(&mut self, now: BootTime) {
+        let policy = self.record.policy;
+        self.give_up_at = (policy.on_link_failure == OnLinkFailure::Rollback).then(|| now.after(policy.link_timeout));
+    }
+
+    fn next_grant(&mut self) -> Grant {
+        self.grant.0 += 1;
+        self.grant
     }
 
     fn take_back(&mut self) {
@@ -462,7 +566,7 @@ impl SourceMachine {
     }
 
     fn journal(&mut self) {
-        self.effects.push_back(SourceEffect::Journal(self.record.clone()));
+        self.effects.push_back(SourceEffect::Journal(Box::new(self.record.clone())));
     }
 }
 

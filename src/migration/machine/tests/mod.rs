@@ -9,7 +9,7 @@ use super::{DestinationEffect, DestinationEvent};
 use crate::error::Failure;
 use crate::migration::lease::Timings;
 use crate::migration::phase::{DestinationPhase, SourcePhase};
-use crate::migration::record::{DestinationRecord, MigrationId, SourceRecord};
+use crate::migration::record::{DestinationRecord, LinkPolicy, MigrationId, SourceRecord};
 use crate::units::{BlockSize, Epoch};
 
 /// A mistake that is made on purpose, around the machines: the checks must find it.
@@ -58,6 +58,8 @@ fn source_record(migration: &str, epoch: Epoch, timings: Timings) -> SourceRecor
         peer: "10.0.0.2:10810".into(),
         timings,
         container: None,
+        policy: LinkPolicy::default(),
+        seal: None,
     }
 }
 

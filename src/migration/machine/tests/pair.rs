@@ -7,8 +7,10 @@ use std::time::Duration;
 
 use super::world::{A, B, Body, Dice, Envelope, Event, Gate, Order, Purpose, Reply, Waiting, World};
 use super::{Plant, failure};
+use crate::migration::lease::Beat;
 use crate::migration::machine::{BeatAnswer, DestinationMachine, PeerWord, SourceEffect, SourceEvent, SourceMachine};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
+use crate::migration::record::RollbackMode;
 
 /// How long things go wrong, in milliseconds.
 const STORM: u64 = 60_000;
@@ -50,8 +52,10 @@ impl World {
                 }
                 SourceEffect::AskPrepare => self.call(A, Body::Prepare, seconds(5), Purpose::Prepare),
                 SourceEffect::TellHandover(beat) => self.call(A, Body::Handover(*beat), seconds(3), Purpose::Told),
-                SourceEffect::TellCancel => self.call(A, Body::Discard, seconds(2), Purpose::Cancel),
-                SourceEffect::TellDiscard(within) => self.call(A, Body::Discard, *within, Purpose::Discard),
+                SourceEffect::TellCancel => self.call(A, Body::Discard(None), seconds(2), Purpose::Cancel),
+                SourceEffect::TellDiscard { within, beat } => {
+                    self.call(A, Body::Discard(Some(*beat)), *within, Purpose::Discard);
+                }
                 SourceEffect::Journal(record) => {
                     if self.plant == Some(Plant::TellBeforeRecord) && record.phase == SourcePhase::HandedOver {
                         self.call(A, Body::Handover(self.last_beat), seconds(3), Purpose::Stray);
@@ -64,7 +68,10 @@ impl World {
                     let (delay, ok) = (self.dice.between(1, 500), self.calm || !self.dice.percent(3));
                     self.at(delay, Event::SourceDone { life, effect, ok });
                 }
-                SourceEffect::Unseal | SourceEffect::Thaw | SourceEffect::ReleaseContainer => {
+                SourceEffect::CheckUnchanged
+                | SourceEffect::Unseal
+                | SourceEffect::Thaw
+                | SourceEffect::ReleaseContainer => {
                     let delay = self.moment();
                     self.at(delay, Event::SourceDone { life, effect, ok: true });
                 }
@@ -79,11 +86,12 @@ impl World {
             SourceEffect::Journal(record) => {
                 // A write that failed may be there all the same. (Not so the handover's: its container is thawed.)
                 if ok || (record.phase != SourcePhase::HandedOver && self.dice.percent(50)) {
-                    self.source_journal = Some(record);
+                    self.source_journal = Some(*record);
                 }
                 return self.source_event(SourceEvent::Journaled(result));
             }
-            SourceEffect::Seal => return self.source_event(SourceEvent::Sealed(result)),
+            SourceEffect::Seal => return self.source_event(SourceEvent::Sealed(result.map(|()| None))),
+            SourceEffect::CheckUnchanged => return self.source_event(SourceEvent::Unchanged(result)),
             SourceEffect::Unseal => self.hosts[A].gate = Gate::Open,
             SourceEffect::Thaw => self.hosts[A].runs = self.container,
             _ => {}
@@ -133,11 +141,11 @@ impl World {
                 };
                 self.reply(&envelope, Reply::Beat(answer));
             }
-            Body::Complete if !ours => self.reply(&envelope, Reply::No),
-            Body::Complete if machine.is_busy() => self.reply(&envelope, Reply::Busy),
-            Body::Complete => {
+            Body::Complete(_) if !ours => self.reply(&envelope, Reply::No),
+            Body::Complete(_) if machine.is_busy() => self.reply(&envelope, Reply::Busy),
+            Body::Complete(grant) => {
                 self.hosts[A].waiting = Some(Waiting::Call(envelope));
-                self.source_event(SourceEvent::PeerComplete(epoch));
+                self.source_event(SourceEvent::PeerComplete { epoch, grant });
             }
             _ => {}
         }
@@ -165,7 +173,7 @@ impl World {
                 SourceEvent::HandOver
             }
             Order::Cancel => SourceEvent::Cancel,
-            Order::RollBack { insist } => SourceEvent::RollBack { insist },
+            Order::RollBack { insist } => SourceEvent::RollBack { mode: RollbackMode::FreezePoint, insist },
         };
         if self.source.is_some() {
             self.hosts[A].waiting = Some(Waiting::Operator(order));
@@ -196,7 +204,7 @@ impl World {
             Event::SourceDone { life, effect: SourceEffect::Journal(record), .. }
                 if host == A && *life == self.hosts[A].life =>
             {
-                Some(crate::migration::record::Record::Source(record.clone()))
+                Some(crate::migration::record::Record::Source((**record).clone()))
             }
             Event::DestinationDone { life, effect: super::DestinationEffect::Journal(record), .. }
                 if host == B && *life == self.generation =>
@@ -243,7 +251,7 @@ impl World {
             let complete = record.phase == DestinationPhase::Complete;
             self.hosts[B].gate = if complete { Gate::Open } else { Gate::Held };
             self.torn_down = false;
-            self.destination = Some(DestinationMachine::recover(record));
+            self.destination = Some(DestinationMachine::recover(record, Beat(1000 * self.generation)));
             self.restart_beats();
             self.destination_effects();
             if self.has_all {
@@ -265,6 +273,9 @@ impl World {
             Event::Question(envelope) => self.question(envelope),
             Event::Answer(envelope, reply) => self.answered(&envelope, reply),
             Event::Beat { life } if life == self.generation => self.beat(),
+            Event::Verified { life } if life == self.generation => {
+                self.destination_event(super::DestinationEvent::Verified(Ok(())));
+            }
             Event::Restored { life, migration } if life == self.generation => self.restored(migration),
             Event::Pulled { life, migration } if life == self.generation => self.pulled(migration),
             Event::Order(order) => self.order(order),

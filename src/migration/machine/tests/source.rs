@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::{failure, source_record};
 use crate::migration::lease::{Beat, Timings};
-use crate::migration::machine::{BeatAnswer, Denied, PeerWord, SourceEffect, SourceEvent, SourceMachine};
+use crate::migration::machine::{BeatAnswer, Denied, Grant, PeerWord, SourceEffect, SourceEvent, SourceMachine};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
+use crate::migration::record::{LinkPolicy, OnLinkFailure, RollbackMode, SourceRecord};
 use crate::units::{BootTime, Epoch};
 
 const EPOCH: Epoch = Epoch(1);
@@ -27,7 +28,8 @@ fn word(effect: &SourceEffect) -> String {
         SourceEffect::Seal => "seal".into(),
         SourceEffect::TellHandover(beat) => format!("tell {}", beat.0),
         SourceEffect::TellCancel => "tell cancel".into(),
-        SourceEffect::TellDiscard(_) => "tell discard".into(),
+        SourceEffect::TellDiscard { .. } => "tell discard".into(),
+        SourceEffect::CheckUnchanged => "check".into(),
         SourceEffect::Unseal => "unseal".into(),
         SourceEffect::Thaw => "thaw".into(),
         SourceEffect::ReleaseContainer => "release".into(),
@@ -37,7 +39,8 @@ fn word(effect: &SourceEffect) -> String {
             Denied::NotSafeYet { unsafe_for } => format!("unsafe for {}", unsafe_for.as_secs()),
             Denied::Stale { .. } => "stale".into(),
             Denied::NoBeat => "no beat".into(),
-            Denied::AskedBack => "asked back".into(),
+            Denied::AskedBack { .. } => "asked back".into(),
+            Denied::OldWord => "old word".into(),
             Denied::Unrecorded => "unrecorded".into(),
             Denied::Busy => "busy".into(),
             Denied::Failed(_) => "failed".into(),
@@ -51,7 +54,7 @@ impl Host {
     }
 
     fn recovered(phase: SourcePhase) -> Self {
-        let record = crate::migration::record::SourceRecord { phase, ..source_record("m", EPOCH, Timings::default()) };
+        let record = SourceRecord { phase, ..source_record("m", EPOCH, Timings::default()) };
         Self { machine: SourceMachine::recover(record, at(100)), now: at(100) }
     }
 
@@ -61,7 +64,7 @@ impl Host {
         host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
         host.beats(3, DestinationPhase::Ready);
         host.does(SourceEvent::HandOver);
-        host.does(SourceEvent::Sealed(Ok(())));
+        host.does(SourceEvent::Sealed(Ok(None)));
         host
     }
 
@@ -105,6 +108,26 @@ impl Host {
     }
 }
 
+fn rollback(insist: bool) -> SourceEvent {
+    SourceEvent::RollBack { mode: RollbackMode::FreezePoint, insist }
+}
+
+fn complete_at(epoch: Epoch, grant: u64) -> SourceEvent {
+    SourceEvent::PeerComplete { epoch, grant: Grant(grant) }
+}
+
+/// All is durable, says a destination that has that granting answer.
+fn complete(grant: u64) -> SourceEvent {
+    complete_at(EPOCH, grant)
+}
+
+fn granted(answer: BeatAnswer) -> u64 {
+    match answer {
+        BeatAnswer::Granted(grant) => grant.0,
+        other => panic!("{other:?}"),
+    }
+}
+
 fn silence() -> PeerWord {
     PeerWord::Silence(failure("silent"))
 }
@@ -118,14 +141,15 @@ fn a_migration_does_each_thing_after_its_record() {
     let mut host = Host::new();
     assert_eq!(host.does(SourceEvent::Prepare), ["journal preparing 1", "ask"]);
     assert_eq!(host.does(SourceEvent::PeerPrepared(PeerWord::Yes)), ["done"]);
-    assert_eq!(host.beats(3, DestinationPhase::Ready), BeatAnswer::Granted);
+    granted(host.beats(3, DestinationPhase::Ready));
     assert_eq!(host.does(SourceEvent::HandOver), ["journal frozen 1", "seal"]);
-    assert_eq!(host.does(SourceEvent::Sealed(Ok(()))), ["journal handed-over 1", "tell 3"]);
+    assert_eq!(host.does(SourceEvent::Sealed(Ok(None))), ["journal handed-over 1", "tell 3"]);
     assert_eq!(host.does(SourceEvent::PeerTold(PeerWord::Yes)), ["done"]);
-    assert_eq!(host.does(SourceEvent::PeerComplete(EPOCH)), ["journal released 1", "done", "release"]);
+    assert_eq!(host.does(complete(0)), ["check"]);
+    assert_eq!(host.does(SourceEvent::Unchanged(Ok(()))), ["journal released 1", "done", "release"]);
     assert_eq!(host.beats(9, DestinationPhase::Active), BeatAnswer::Released);
-    assert_eq!(host.does(SourceEvent::PeerComplete(EPOCH)), ["done"], "its answer may have been lost");
-    assert_eq!(host.does(SourceEvent::RollBack { insist: true }), ["refused"]);
+    assert_eq!(host.does(complete(0)), ["done"], "its answer may have been lost");
+    assert_eq!(host.does(rollback(true)), ["refused"]);
 }
 
 #[test]
@@ -147,7 +171,7 @@ fn nothing_is_handed_over_without_a_ready_destination_or_a_sealed_disk() {
     host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
     host.does(SourceEvent::HandOver);
     let undone = |end| ["tell cancel", "unseal", "thaw", "journal serving 1", end];
-    assert_eq!(host.does(SourceEvent::Sealed(Ok(()))), undone("no beat"));
+    assert_eq!(host.does(SourceEvent::Sealed(Ok(None))), undone("no beat"));
 
     let mut host = Host::new();
     host.does(SourceEvent::Prepare);
@@ -172,18 +196,20 @@ fn a_record_that_cannot_be_written_stops_what_it_stands_for() {
     host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
     host.beats(1, DestinationPhase::Ready);
     host.does(SourceEvent::HandOver);
-    let done = host.fails(SourceEvent::Sealed(Ok(())));
+    let done = host.fails(SourceEvent::Sealed(Ok(None)));
     assert_eq!(done, ["journal handed-over 1", "tell cancel", "unseal", "thaw", "failed"], "the word is not given");
 
     let mut host = Host::told();
-    assert_eq!(host.fails(SourceEvent::PeerComplete(EPOCH)), ["journal released 1", "failed"], "nothing is removed");
+    host.does(complete(0));
+    let done = host.fails(SourceEvent::Unchanged(Ok(())));
+    assert_eq!(done, ["journal released 1", "failed"], "nothing is removed");
     assert_eq!(host.phase(), SourcePhase::HandedOver);
     // The journal may say "released" after a restart: the destination must not be asked back.
-    assert_eq!(host.beats(9, DestinationPhase::Active), BeatAnswer::Granted);
-    assert_eq!(host.does(SourceEvent::RollBack { insist: true }), ["unrecorded"]);
+    granted(host.beats(9, DestinationPhase::Active));
+    assert_eq!(host.does(rollback(true)), ["unrecorded"]);
 
     let mut host = Host::told();
-    host.does(SourceEvent::RollBack { insist: false });
+    host.does(rollback(false));
     let done = host.fails(SourceEvent::PeerDiscard(PeerWord::Yes));
     assert_eq!(done, ["journal rolled-back 2", "failed"], "the disk stays read-only, the container frozen");
     assert_eq!((host.phase(), host.machine.record().epoch), (SourcePhase::HandedOver, EPOCH));
@@ -230,23 +256,23 @@ fn a_refused_handover_is_undone_only_when_the_destination_has_forgotten_it() {
 fn a_rollback_needs_the_word_or_the_end_of_the_lease() {
     let rolled_back = ["journal rolled-back 2", "unseal", "thaw", "journal serving 2", "done"];
     let mut host = Host::told();
-    assert_eq!(host.does(SourceEvent::RollBack { insist: false }), ["tell discard"]);
+    assert_eq!(host.does(rollback(false)), ["tell discard"]);
     assert_eq!(host.does(SourceEvent::PeerDiscard(no())), ["failed"]);
-    host.does(SourceEvent::RollBack { insist: false });
+    host.does(rollback(false));
     assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), ["unsafe for 11"]);
-    assert_eq!(host.beats(5, DestinationPhase::Active), BeatAnswer::Granted, "it was not insisted on");
-    host.does(SourceEvent::RollBack { insist: true });
+    granted(host.beats(5, DestinationPhase::Active));
+    host.does(rollback(true));
     assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), ["unsafe for 11"]);
     assert_eq!(host.beats(6, DestinationPhase::Active), BeatAnswer::GiveBack, "the lease is let end");
     host.now = at(110);
     assert_eq!(host.machine.unsafe_for(host.now), Duration::from_secs(1));
     host.now = at(111);
-    host.does(SourceEvent::RollBack { insist: false });
+    host.does(rollback(false));
     assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), rolled_back);
     assert_eq!(host.beats(7, DestinationPhase::Fenced), BeatAnswer::RolledBack);
 
     let mut host = Host::told();
-    host.does(SourceEvent::RollBack { insist: false });
+    host.does(rollback(false));
     assert_eq!(host.does(SourceEvent::PeerDiscard(PeerWord::Yes)), rolled_back, "its word needs no waiting");
 }
 
@@ -255,20 +281,95 @@ fn a_restart_counts_the_lease_anew_and_a_beat_lengthens_it() {
     let mut host = Host::recovered(SourcePhase::HandedOver);
     host.now = at(105);
     assert_eq!(host.machine.unsafe_for(host.now), Duration::from_secs(6));
-    assert_eq!(host.beats(1, DestinationPhase::Active), BeatAnswer::Granted);
+    granted(host.beats(1, DestinationPhase::Active));
     assert_eq!(host.machine.unsafe_for(host.now), Duration::from_secs(11));
 }
 
 #[test]
 fn nothing_is_released_once_the_disk_was_asked_back() {
     let mut host = Host::told();
-    host.does(SourceEvent::RollBack { insist: false });
+    host.does(rollback(false));
     host.does(SourceEvent::PeerDiscard(silence()));
     // The word may have been on its way since before the destination discarded.
-    assert_eq!(host.does(SourceEvent::PeerComplete(EPOCH)), ["asked back"]);
+    assert_eq!(host.does(complete(0)), ["asked back"]);
     assert_eq!(host.phase(), SourcePhase::HandedOver);
     let mut host = Host::told();
-    assert_eq!(host.does(SourceEvent::PeerComplete(Epoch(7))), ["stale"]);
+    assert_eq!(host.does(complete_at(Epoch(7), 0)), ["stale"]);
+}
+
+#[test]
+fn a_destination_that_outlived_the_asking_back_is_released_again() {
+    let mut host = Host::told();
+    let early = granted(host.beats(4, DestinationPhase::Active));
+    host.does(rollback(false));
+    host.does(SourceEvent::PeerDiscard(silence()));
+    host.now = at(110);
+    let before = granted(host.beats(5, DestinationPhase::Active));
+    host.now = at(112);
+    for grant in [early, before] {
+        assert_eq!(host.does(complete(grant)), ["asked back"], "it may have been said before it discarded");
+    }
+    // From here on the destination ignores what it was told at 100 s.
+    let after = granted(host.beats(6, DestinationPhase::Active));
+    assert_eq!(host.does(complete(before)), ["asked back"]);
+    assert_eq!(host.does(complete(after)), ["check"]);
+}
+
+#[test]
+fn nobody_is_asked_back_who_was_not_heard_since_the_restart() {
+    let mut host = Host::recovered(SourcePhase::HandedOver);
+    assert_eq!(host.does(rollback(true)), ["unsafe for 11"]);
+    host.now = at(111);
+    assert_eq!(host.does(rollback(true)), ["journal rolled-back 2", "unseal", "thaw", "journal serving 2", "done"]);
+}
+
+#[test]
+fn an_image_that_somebody_wrote_to_is_not_released() {
+    let mut host = Host::told();
+    host.does(complete(0));
+    assert_eq!(host.does(SourceEvent::Unchanged(Err(failure("changed")))), ["failed"]);
+    assert_eq!(host.phase(), SourcePhase::HandedOver);
+    host.does(complete(0));
+    assert_eq!(host.does(SourceEvent::Unchanged(Ok(()))), ["journal released 1", "done", "release"]);
+}
+
+#[test]
+fn the_source_takes_the_disk_back_by_itself_only_when_told_to_and_when_it_is_safe() {
+    let policy = LinkPolicy { on_link_failure: OnLinkFailure::Rollback, link_timeout: Duration::from_secs(30) };
+    let record =
+        SourceRecord { policy, phase: SourcePhase::HandedOver, ..source_record("m", EPOCH, Timings::default()) };
+    let mut host = Host { machine: SourceMachine::recover(record, at(100)), now: at(100) };
+    host.now = at(120);
+    granted(host.beats(4, DestinationPhase::Active));
+    assert_eq!(host.machine.next_timeout(), Some(at(150)));
+    host.now = at(149);
+    granted(host.beats(5, DestinationPhase::Active));
+    assert_eq!(host.machine.next_timeout(), Some(at(179)));
+    host.now = at(178);
+    assert_eq!(host.does(SourceEvent::Tick), [""; 0]);
+    host.now = at(179);
+    assert_eq!(host.does(SourceEvent::Tick), ["tell discard"]);
+    assert_eq!(host.machine.next_timeout(), None, "one after the other");
+    assert_eq!(host.beats(6, DestinationPhase::Active), BeatAnswer::GiveBack, "it is decided");
+    let back = ["journal rolled-back 2", "unseal", "thaw", "journal serving 2"];
+    assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), back, "the lease ended long ago");
+
+    // A lease that is longer than the patience is waited for.
+    let policy = LinkPolicy { link_timeout: Duration::from_secs(2), ..policy };
+    let record =
+        SourceRecord { policy, phase: SourcePhase::HandedOver, ..source_record("m", EPOCH, Timings::default()) };
+    let mut host = Host { machine: SourceMachine::recover(record, at(100)), now: at(100) };
+    granted(host.beats(4, DestinationPhase::Active));
+    host.now = at(102);
+    assert_eq!(host.does(SourceEvent::Tick), ["tell discard"]);
+    host.now = at(105);
+    assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), [""; 0]);
+    assert_eq!(host.machine.next_timeout(), Some(at(111)));
+    host.now = at(111);
+    host.does(SourceEvent::Tick);
+    assert_eq!(host.does(SourceEvent::PeerDiscard(silence())), back);
+    let waits = Host::told();
+    assert_eq!(waits.machine.next_timeout(), None, "an operator decides");
 }
 
 /// Handles the event and takes effects up to the first record, which is left being written.
@@ -281,15 +382,16 @@ fn until_record(host: &mut Host, event: SourceEvent) {
 #[test]
 fn a_beat_is_told_nothing_that_is_not_recorded_yet() {
     let mut host = Host::told();
-    until_record(&mut host, SourceEvent::PeerComplete(EPOCH));
+    host.does(complete(0));
+    until_record(&mut host, SourceEvent::Unchanged(Ok(())));
     assert_eq!(host.phase(), SourcePhase::Released);
     host.now = at(105);
-    assert_eq!(host.beats(8, DestinationPhase::Active), BeatAnswer::Granted);
+    granted(host.beats(8, DestinationPhase::Active));
     host.machine.handle(host.now, SourceEvent::Journaled(Err(failure("no space"))));
     assert_eq!(host.machine.unsafe_for(host.now), Duration::from_secs(11), "what was granted meanwhile counts");
 
     let mut host = Host::told();
-    host.does(SourceEvent::RollBack { insist: false });
+    host.does(rollback(false));
     until_record(&mut host, SourceEvent::PeerDiscard(PeerWord::Yes));
     assert_eq!(host.beats(8, DestinationPhase::Fenced), BeatAnswer::GiveBack);
 }
@@ -297,7 +399,8 @@ fn a_beat_is_told_nothing_that_is_not_recorded_yet() {
 #[test]
 fn a_command_lasts_until_its_answer_was_taken() {
     let mut host = Host::told();
-    until_record(&mut host, SourceEvent::PeerComplete(EPOCH));
+    host.does(complete(0));
+    until_record(&mut host, SourceEvent::Unchanged(Ok(())));
     assert!(host.machine.is_busy(), "the next one would get this one's answer");
     host.machine.handle(host.now, SourceEvent::Journaled(Ok(())));
     assert_eq!(host.effects(true), ["done", "release"]);

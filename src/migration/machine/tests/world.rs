@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::{Plant, destination_record, failure, source_record};
 use crate::migration::lease::{Beat, Timings};
 use crate::migration::machine::{
-    BeatAnswer, Denied, DestinationEffect, DestinationEvent, DestinationMachine, SourceEffect, SourceMachine,
+    BeatAnswer, Denied, DestinationEffect, DestinationEvent, DestinationMachine, Grant, SourceEffect, SourceMachine,
 };
 use crate::migration::phase::{DestinationPhase, SourcePhase};
 use crate::migration::record::{DestinationRecord, SourceRecord};
@@ -86,9 +86,9 @@ pub(super) enum Body {
     Prepare,
     Handover(Beat),
     Resume,
-    Discard,
+    Discard(Option<Beat>),
     Beat(Beat, DestinationPhase),
-    Complete,
+    Complete(Grant),
 }
 
 /// A question on its way, or being answered.
@@ -134,6 +134,7 @@ pub(super) enum Event {
     Question(Envelope),
     Answer(Envelope, Reply),
     Beat { life: u64 },
+    Verified { life: u64 },
     Restored { life: u64, migration: String },
     Pulled { life: u64, migration: String },
     Order(Order),
@@ -352,19 +353,21 @@ impl World {
                 // What an earlier attempt left is retired with its processes.
                 self.generation += 1;
                 let record = destination_record(&envelope.migration, envelope.epoch, self.timings);
-                self.destination = Some(DestinationMachine::new(record));
+                self.destination = Some(DestinationMachine::new(record, Beat(1000 * self.generation)));
                 let host = &mut self.hosts[B];
                 (host.gate, host.runs, host.frozen, host.performing) = (Gate::Held, false, false, false);
                 (self.beating, self.restoring, self.torn_down, self.has_all) = (false, false, false, false);
                 self.at(0, Event::Beat { life: self.generation });
                 self.destination_command(DestinationEvent::ExportReady, envelope);
             }
-            Body::Discard if !ours => self.reply(&envelope, Reply::Yes),
+            Body::Discard(_) if !ours => self.reply(&envelope, Reply::Yes),
             _ if !ours => self.reply(&envelope, Reply::No),
             Body::Handover(beat) => {
                 self.destination_command(DestinationEvent::Activate { epoch: envelope.epoch, beat }, envelope);
             }
-            Body::Discard => self.destination_command(DestinationEvent::Discard(envelope.epoch), envelope),
+            Body::Discard(beat) => {
+                self.destination_command(DestinationEvent::Discard { epoch: envelope.epoch, beat }, envelope);
+            }
             Body::Resume => {
                 let active = self.destination.as_ref().is_some_and(|machine| {
                     machine.record().phase == DestinationPhase::Active && machine.record().epoch == envelope.epoch
@@ -379,7 +382,7 @@ impl World {
                 }
                 self.reply(&envelope, Reply::Yes);
             }
-            Body::Beat(..) | Body::Complete => {}
+            Body::Beat(..) | Body::Complete(_) => {}
         }
     }
 
@@ -412,7 +415,7 @@ impl World {
                 DestinationEffect::Answer(result) => {
                     let reply = match result {
                         Ok(()) => Reply::Yes,
-                        Err(Denied::Busy) => Reply::Busy,
+                        Err(Denied::Busy | Denied::OldWord) => Reply::Busy,
                         Err(_) => Reply::No,
                     };
                     if let Some(Waiting::Call(envelope)) = self.hosts[B].waiting.take() {
@@ -420,8 +423,13 @@ impl World {
                     }
                     continue;
                 }
-                DestinationEffect::TellComplete => {
-                    self.call(B, Body::Complete, Duration::from_secs(10), Purpose::Complete);
+                DestinationEffect::Verify => {
+                    let delay = self.dice.between(1, 3000);
+                    self.at(delay, Event::Verified { life });
+                    continue;
+                }
+                DestinationEffect::TellComplete(grant) => {
+                    self.call(B, Body::Complete(*grant), Duration::from_secs(10), Purpose::Complete);
                     if self.plant != Some(Plant::FenceBehindTelling) {
                         continue;
                     }
@@ -477,7 +485,7 @@ impl World {
                 (self.hosts[B].runs, self.hosts[B].frozen) = (false, false);
                 (self.restoring, self.torn_down) = (false, true);
             }
-            DestinationEffect::TellComplete | DestinationEffect::Answer(_) => {}
+            DestinationEffect::Verify | DestinationEffect::TellComplete(_) | DestinationEffect::Answer(_) => {}
         }
         self.destination_event(DestinationEvent::Done);
     }
@@ -538,7 +546,7 @@ impl World {
         }
         self.restoring = false;
         self.hosts[B].runs = true;
-        self.destination_event(DestinationEvent::Resumed);
+        self.destination_event(DestinationEvent::Resumed { runs: true });
     }
 
     pub(super) fn pulled(&mut self, migration: String) {

@@ -1,0 +1,258 @@
+//! The source's container: frozen until release or rollback.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use super::{
+    MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, failed, id, known_type, lock, open_network, remove_file, remove_tree,
+    source_owner, sync_tree, unmount,
+};
+use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec, Runtime, quiesce};
+use crate::device::{DeviceSlot, Via, mount, mounts_of};
+use crate::error::{Failure, Outcome, chain};
+use crate::migration::record::SourceContainer;
+
+/// A container that may move, as it was found.
+pub struct Found {
+    /// What runs it.
+    pub runtime: Arc<dyn Runtime>,
+    /// Its id.
+    pub id: ContainerId,
+    /// Its control group: says whether it stands still without anybody being asked.
+    pub cgroup: Cgroup,
+    /// What is recorded of it.
+    pub record: SourceContainer,
+}
+
+/// The source's container: frozen until release or rollback.
+pub struct SourceHold {
+    owner: String,
+    runtimes: Runtimes,
+    device: Arc<DeviceSlot>,
+    container: Mutex<Option<SourceContainer>>,
+    /// Its control group, unless the node was restarted since: the shortest way to a thaw.
+    cgroup: Mutex<Option<Cgroup>>,
+    images: PathBuf,
+}
+
+impl SourceHold {
+    /// Of a disk; `container` is what the journal knows after a restart; `images` is the checkpoint's directory.
+    pub fn new(
+        disk: &str,
+        runtimes: Runtimes,
+        device: Arc<DeviceSlot>,
+        container: Option<SourceContainer>,
+        images: PathBuf,
+    ) -> Self {
+        let container = Mutex::new(container);
+        Self { owner: source_owner(disk), runtimes, device, container, cgroup: Mutex::default(), images }
+    }
+
+    /// Where the checkpoint's images are; kept until release.
+    pub fn images(&self) -> &Path {
+        &self.images
+    }
+
+    /// Where criu keeps its log meanwhile.
+    pub fn work(&self) -> PathBuf {
+        self.images.with_extension("work")
+    }
+
+    /// Looks at a container that is to move: it must run, with the disk's device mounted under it.
+    pub async fn inspect(&self, container: &str, runtime: &str, tcp_established: bool) -> Outcome<Found> {
+        let (name, id, runtime) = (runtime, id(container)?, self.runtimes.find(runtime)?);
+        let found = runtime.inspect(&id).await.map_err(|error| failed(&error))?;
+        let Some(cgroup) = found.cgroup else {
+            return Err(Failure::refused(format!("container {id} is {}; only a running one can move", found.status)));
+        };
+        let Some(device) = self.device.device() else {
+            return Err(Failure::refused(format!(
+                "the disk of container {id} is not attached by this node; use `lazy-migrate attach`, and run it from there"
+            )));
+        };
+        let mounts = mounts_of(&device).map_err(|error| failed(&error))?;
+        let Some(mount) = mounts.iter().find(|mount| found.rootfs.starts_with(mount)) else {
+            return Err(Failure::refused(format!(
+                "the root {} of container {id} does not lie on {}, which is this disk; name the disk that holds it",
+                found.rootfs.display(),
+                device.display()
+            )));
+        };
+        let record = SourceContainer {
+            id: container.into(),
+            runtime: name.into(),
+            mount: mount.clone(),
+            netns: found.netns.clone(),
+            tcp_established,
+            bundle: found.bundle.clone(),
+        };
+        Ok(Found { runtime, id, cgroup, record })
+    }
+
+    /// From now on a thaw or a release is about this container.
+    pub fn hold(&self, found: &Found) {
+        *lock(&self.container) = Some(found.record.clone());
+        *lock(&self.cgroup) = Some(found.cgroup.clone());
+    }
+
+    /// Packets dropped, then all tasks stopped.
+    pub async fn freeze(&self, runtime: &dyn Runtime, id: &ContainerId) -> Outcome<()> {
+        if let Some(drop) = self.held().and_then(|container| self.net_drop(&container)) {
+            drop.install().await.map_err(|error| failed(&error))?;
+        }
+        runtime.freeze(id).await.map_err(|error| failed(&error))
+    }
+
+    /// The checkpoint outlives a restart of this host from now on: then it is what a rollback brings back.
+    pub async fn keep_images(&self) -> Outcome<()> {
+        let (images, mark) = (self.images.clone(), self.whole());
+        let kept = tokio::task::spawn_blocking(move || {
+            sync_tree(&images)?;
+            crate::files::write_atomically(&mark, b"the checkpoint beside this file is complete and durable\n")
+        });
+        let failed = |why: &dyn std::fmt::Display| {
+            Failure::failed(format!(
+                "the checkpoint in {} is not durable ({why}): if this host is restarted before the migration is complete, \
+                 a rollback brings back the disk alone",
+                self.images.display()
+            ))
+        };
+        kept.await.map_err(|error| failed(&error))?.map_err(|error| failed(&error))
+    }
+
+    /// The file that says that the images are whole.
+    fn whole(&self) -> PathBuf {
+        self.images.with_extension("whole")
+    }
+
+    /// After a restart of this host the frozen tasks are gone: the container comes back from its checkpoint, as it was
+    /// frozen.
+    async fn restore(&self, runtime: &dyn Runtime, id: &ContainerId, container: &SourceContainer) -> Outcome<()> {
+        let images = &self.images;
+        if !self.whole().exists() {
+            return Err(Failure::failed(format!(
+                "container {id} does not exist any more, and its checkpoint in {} is not complete; start it anew with its \
+                 runtime: the disk is as it was frozen",
+                images.display()
+            )));
+        }
+        let kept = |failure: Failure| {
+            failure.context(format!(
+                "container {id} was gone, and could not be brought back from its checkpoint in {}",
+                images.display()
+            ))
+        };
+        let restored = async {
+            let device = self.device.attach(Via::Auto, None).await?;
+            if !mounts_of(&device).map_err(|error| failed(&error))?.contains(&container.mount) {
+                let fstype = known_type(device.clone()).await?;
+                mount::mount(&device, &container.mount, fstype, &[], MOUNT_LIMIT)
+                    .await
+                    .map_err(|error| failed(&error))?;
+            }
+            let bundle = Bundle::read(&container.bundle).map_err(|error| failed(&error))?;
+            if let Some(drop) = self.net_drop(container) {
+                drop.install().await.map_err(|error| failed(&error))?;
+            }
+            if runtime.inspect(id).await.is_ok() {
+                // Only its name is left.
+                runtime.kill_and_delete(id).await.map_err(|error| failed(&error))?;
+            }
+            let spec = RestoreSpec {
+                bundle,
+                image_dir: Some(images.clone()),
+                work_dir: self.work(),
+                state_dir: images.with_extension("bundle"),
+                cgroup: Cgroup::at(&format!("/lazy-migrate-{id}-back")).map_err(|error| failed(&error))?,
+                tcp_established: container.tcp_established,
+                limit: RESTORE_LIMIT,
+            };
+            runtime.restore(id, spec).await.map_err(|error| failed(&error))
+        };
+        restored.await.map_err(kept)?;
+        tracing::info!(container = %id, "restored from the checkpoint that was kept");
+        Ok(())
+    }
+
+    /// Everything goes on as if nothing had been. The tasks first: clients wait for them. What arrives before they run
+    /// waits in their sockets.
+    pub async fn thaw(&self) -> Outcome<()> {
+        let Some(container) = self.held() else { return Ok(()) };
+        let runtime = self.runtimes.find(&container.runtime)?;
+        let id = id(&container.id)?;
+        // A live group answers at once; only without one the runtime is asked whether there is a container at all.
+        let known = lock(&self.cgroup).as_ref().is_some_and(|cgroup| cgroup.is_populated().unwrap_or(false));
+        let gone = !known
+            && match runtime.inspect(&id).await {
+                Ok(found) => found.pid.is_none(),
+                Err(error) => matches!(error, crate::container::Error::NoSuchContainer { .. }),
+            };
+        if gone {
+            self.restore(&*runtime, &id, &container).await?;
+            if let Some(drop) = self.net_drop(&container) {
+                open_network(&drop, None).await?;
+            }
+            *lock(&self.container) = None;
+            return self.remove_images().await;
+        }
+        let thawed = quiesce::thaw(&container.mount).await.map_err(|error| failed(&error));
+        let cgroup = lock(&self.cgroup).take();
+        if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.set_frozen(false)) {
+            tracing::debug!(error = chain(&error), "the runtime has to thaw the container");
+        }
+        let open = async {
+            match self.net_drop(&container) {
+                Some(drop) => open_network(&drop, None).await,
+                None => Ok(()),
+            }
+        };
+        let (opened, resumed) = tokio::join!(open, runtime.thaw(&id));
+        // Each was tried, whatever became of the others.
+        thawed.and(resumed.map_err(|error| failed(&error))).and(opened)?;
+        *lock(&self.container) = None;
+        self.remove_images().await
+    }
+
+    /// The container, its mount, its device and its images go; the disk itself stays.
+    pub async fn release(&self) -> Outcome<()> {
+        if let Some(container) = self.held() {
+            let runtime = self.runtimes.find(&container.runtime)?;
+            if let Some(drop) = self.net_drop(&container)
+                && let Err(error) = drop.end_connections().await
+            {
+                tracing::warn!(error = chain(&error), "the departed container's connections were not ended");
+            }
+            // And its network stays closed: nothing may still speak for the address that has moved.
+            runtime.kill_and_delete(&id(&container.id)?).await.map_err(|error| failed(&error))?;
+            quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
+            unmount(&self.device).await?;
+            // There is nothing to write: the disk is immutable since the handover.
+            self.device.abandon().await?;
+            *lock(&self.container) = None;
+        }
+        self.remove_images().await
+    }
+
+    async fn remove_images(&self) -> Outcome<()> {
+        // First what says that they are whole.
+        remove_file(&self.whole()).await?;
+        remove_tree(&self.images).await?;
+        remove_tree(&self.work()).await
+    }
+
+    fn net_drop(&self, container: &SourceContainer) -> Option<NetDrop> {
+        container.netns.as_ref().map(|netns| NetDrop::new(netns, &self.owner))
+    }
+
+    /// The network of a released container is open again: the operator forgets the disk.
+    pub async fn open_network(&self, container: &SourceContainer) -> Outcome<()> {
+        match self.net_drop(container) {
+            Some(drop) if drop.netns().exists() => drop.remove().await.map_err(|error| failed(&error)),
+            _ => Ok(()),
+        }
+    }
+
+    fn held(&self) -> Option<SourceContainer> {
+        lock(&self.container).clone()
+    }
+}
