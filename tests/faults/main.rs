@@ -16,4 +16,7 @@ mod hosts;
 mod kills;
 mod links;
 mod model;
+mod refusals;
 mod service;
+mod stops;
+mod store;
