@@ -13,6 +13,7 @@ pub mod error;
 pub mod export;
 pub mod fetch;
 pub mod files;
+pub mod guard;
 pub mod limits;
 pub mod migration;
 pub mod node;

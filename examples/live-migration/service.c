@@ -42,6 +42,21 @@ static void append(int log, unsigned long number) {
     if (fdatasync(log) != 0) die("cannot sync /log");
 }
 
+/* Started anew, it goes on from what is durable; a line that was cut short is cut off. */
+static unsigned long last_number(int log) {
+    char tail[64];
+    off_t size = lseek(log, 0, SEEK_END), from = size > (off_t)sizeof tail - 1 ? size - (off_t)sizeof tail + 1 : 0;
+    ssize_t got = pread(log, tail, sizeof tail - 1, from);
+    if (got <= 0) return 0;
+    tail[got] = 0;
+    char *last = strrchr(tail, '\n');
+    if (!last) return 0;
+    if (ftruncate(log, from + (last - tail) + 1) != 0) die("cannot cut /log");
+    *last = 0;
+    char *before = strrchr(tail, '\n');
+    return strtoul(before ? before + 1 : tail, NULL, 10);
+}
+
 /* Reads a page of a file that is likely not to have been read before. */
 static void touch(int data, off_t size, uint64_t *random) {
     char page[PAGE];
@@ -79,8 +94,9 @@ int main(int argc, char **argv) {
         fprintf(stderr, "usage: service IP\n");
         return 2;
     }
-    int log = open("/log", O_WRONLY | O_CREAT | O_APPEND, 0644);
+    int log = open("/log", O_RDWR | O_CREAT | O_APPEND, 0644);
     if (log < 0) die("cannot open /log");
+    unsigned long number = last_number(log);
     int data = open("/data/0", O_RDONLY);
     struct stat stat;
     if (data < 0 || fstat(data, &stat) != 0) die("cannot open /data/0");
@@ -96,7 +112,7 @@ int main(int argc, char **argv) {
 
     uint64_t random = 88172645463325252u;
     int64_t next = now_ms();
-    for (unsigned long number = 0;;) {
+    for (;;) {
         int64_t left = next - now_ms();
         if (left <= 0) {
             append(log, ++number);

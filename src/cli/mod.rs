@@ -2,6 +2,7 @@
 
 mod answers;
 mod disks;
+mod guard;
 mod migrate;
 mod progress;
 mod serve;
@@ -40,7 +41,15 @@ struct Arguments {
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
-    command: Command,
+    process: Process,
+}
+
+#[derive(Debug, Subcommand)]
+enum Process {
+    #[command(flatten)]
+    Command(Box<Command>),
+    /// Freeze a container when its lease ends; the node starts this by itself.
+    Guard(guard::GuardArguments),
 }
 
 #[derive(Debug, Subcommand)]
@@ -179,11 +188,15 @@ pub fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> Result<(), Failure> {
+    let Arguments { control, json, process } = arguments;
+    let command = match process {
+        Process::Guard(arguments) => return guard::run(&arguments),
+        Process::Command(command) => *command,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))?;
-    let Arguments { control, json, command } = arguments;
     let client = ControlClient::new(&control);
     let answer = answers::Answer { json };
     let outcome = runtime.block_on(async {

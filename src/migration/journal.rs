@@ -13,6 +13,13 @@ use super::record::{self, JournalError, Record};
 /// The largest journal that is read: some ten records a migration, a few hundred bytes each.
 const MAX_JOURNAL_BYTES: u64 = 64 << 20;
 
+/// The record of who owns a disk at which epoch. Each host's own journal is one; an arbiter outside of both hosts would
+/// be another.
+pub trait OwnershipRecord: Send {
+    /// Adds a record; when this returns `Ok` it is durable, and what it stands for may be done.
+    fn append(&mut self, record: &Record) -> Result<(), Error>;
+}
+
 /// A disk's journal, open for appending.
 #[derive(Debug)]
 pub struct Journal {
@@ -81,9 +88,10 @@ impl Journal {
         let journal = Journal { disk: disk.into(), path: path.into(), file, count, poisoned: false };
         Ok((journal, found.map(|found| found.record)))
     }
+}
 
-    /// Appends a record; when this returns `Ok` it is durable.
-    pub fn append(&mut self, record: &Record) -> Result<(), Error> {
+impl OwnershipRecord for Journal {
+    fn append(&mut self, record: &Record) -> Result<(), Error> {
         if self.poisoned {
             return Err(Error::Poisoned(self.path.clone()));
         }

@@ -12,7 +12,7 @@ use crate::control::status::{DiskStatus, Faults};
 use crate::device::DeviceSlot;
 use crate::error::{Failure, Outcome};
 use crate::export::LazyExport;
-use crate::migration::driver::{ContainerState, DestinationHandle, SharedJournal, SourceHandle, SourceHold};
+use crate::migration::driver::{ContainerState, DestinationHandle, SharedRecord, SourceHandle, SourceHold};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
 use crate::pull::PullState;
 use crate::units::Epoch;
@@ -26,7 +26,7 @@ pub struct Disk {
     /// What is served.
     pub export: LazyExport,
     /// Who owns it.
-    pub journal: SharedJournal,
+    pub journal: SharedRecord,
     /// Where it is attached.
     pub device: Arc<DeviceSlot>,
     /// Ends everything that belongs to it.

@@ -307,6 +307,12 @@ impl Node {
     pub(super) fn destination_hold(&self, disk: &Arc<Disk>, record: &DestinationRecord) -> Arc<DestinationHold> {
         let places = Places {
             state: disk.directory.clone(),
+            lease: self.run_dir.join(format!(
+                "guard-{:08x}-{}-{}.lease",
+                crc32fast::hash(self.config.state_dir.as_os_str().as_encoded_bytes()),
+                disk.name(),
+                record.epoch
+            )),
             bundles: self.config.bundle_dir.clone(),
             mounts: self.config.mount_dir.clone(),
         };

@@ -52,6 +52,8 @@ pub struct Node {
     changing: DashMap<DiskName, ()>,
     nbd: Vec<Address>,
     peer_port: u16,
+    /// Where the control socket is: a place without a disk, which small files of this boot belong to.
+    run_dir: PathBuf,
     stop: CancellationToken,
     _lock: nix::fcntl::Flock<std::fs::File>,
 }
@@ -85,12 +87,15 @@ impl Running {
             None => 0,
         };
         let socket = ControlSocket::bind(control).await?;
+        let run_dir =
+            std::path::absolute(control).map_err(Failure::failed)?.parent().unwrap_or(Path::new("/")).to_owned();
         let node = Arc::new(Node {
             nbd: listeners.iter().map(|listener| listener.address().clone()).collect(),
             config,
             disks: DashMap::new(),
             changing: DashMap::new(),
             peer_port,
+            run_dir,
             stop: stop.clone(),
             _lock: lock,
         });

@@ -18,4 +18,5 @@ mod pair;
 mod pull;
 mod recovery;
 mod refusals;
+mod release;
 mod rollback;

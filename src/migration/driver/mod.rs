@@ -19,13 +19,13 @@ pub use verify::verify;
 
 use std::sync::{Arc, Mutex};
 
-use super::journal::Journal;
+use super::journal::OwnershipRecord;
 use super::machine::Denied;
 use super::record::Record;
 use crate::error::{Failure, chain};
 
-/// A disk's journal, shared by the migrations that follow one another.
-pub type SharedJournal = Arc<Mutex<Journal>>;
+/// A disk's record of ownership, shared by the migrations that follow one another.
+pub type SharedRecord = Arc<Mutex<dyn OwnershipRecord>>;
 
 /// How many commands may wait for a driver.
 const COMMANDS: usize = 64;
@@ -34,7 +34,7 @@ const COMMANDS: usize = 64;
 const BUSY_RETRY_MS: u64 = 500;
 
 /// Appends a record off the runtime's threads: it syncs.
-async fn append(journal: &SharedJournal, record: Record) -> Result<(), Failure> {
+async fn append(journal: &SharedRecord, record: Record) -> Result<(), Failure> {
     let journal = journal.clone();
     let appended = tokio::task::spawn_blocking(move || {
         let mut journal = journal.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::container::SourceHold;
-use super::{COMMANDS, SharedJournal, append, denied, driver_gone};
+use super::{COMMANDS, SharedRecord, append, denied, driver_gone};
 use crate::clock;
 use crate::error::{Failure, Kind, Outcome};
 use crate::export::{GateMode, LazyExport};
@@ -41,7 +41,7 @@ pub struct SourceWorld {
     /// Its export.
     pub export: LazyExport,
     /// Its journal.
-    pub journal: SharedJournal,
+    pub journal: SharedRecord,
     /// The destination.
     pub peer: Arc<PeerClient>,
     /// What the destination is asked; `None` after a restart, when nothing is asked any more.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use super::guarded::Guarded;
 use super::{
     MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, check_rootfs, failed, id, known_type, open_network, remove_tree, source_owner,
 };
@@ -12,7 +13,7 @@ use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec};
 use crate::device::{DeviceSlot, Via, mount, mounts_of};
 use crate::error::{Failure, Outcome};
 use crate::migration::record::DestinationContainer;
-use crate::units::Epoch;
+use crate::units::{BootTime, Epoch};
 
 /// The destination's container: restored from images, then guarded by the lease.
 pub struct DestinationHold {
@@ -24,6 +25,7 @@ pub struct DestinationHold {
     places: Places,
     /// The container has been restored whole: its network follows its freezing and thawing.
     open: AtomicBool,
+    guard: Guarded,
 }
 
 /// The directories of one disk on a destination.
@@ -31,6 +33,8 @@ pub struct DestinationHold {
 pub struct Places {
     /// Where this disk's files are.
     pub state: PathBuf,
+    /// The file that is shared with the container's guard.
+    pub lease: PathBuf,
     /// Where the operator keeps bundles, one directory a container.
     pub bundles: Option<PathBuf>,
     /// Where disks are mounted, one directory a disk.
@@ -54,7 +58,9 @@ impl DestinationHold {
         container: Option<DestinationContainer>,
         places: Places,
     ) -> Self {
-        Self { disk: disk.into(), epoch, runtimes, device, container, places, open: AtomicBool::new(false) }
+        let guard = Guarded::new(places.lease.clone(), places.state.join("guard.log"));
+        let open = AtomicBool::new(false);
+        Self { disk: disk.into(), epoch, runtimes, device, container, places, open, guard }
     }
 
     /// Whether everything for the container is there; its network is closed until it runs.
@@ -128,6 +134,8 @@ impl DestinationHold {
             tcp_established: container.tcp_established,
             limit: RESTORE_LIMIT,
         };
+        // Before there is anything to guard: a task that runs for a moment only must be stopped as well.
+        self.guard.begin(&spec.cgroup).await?;
         runtime.restore(&id, spec).await.map_err(|error| failed(&error))?;
         told("it runs");
         if let Some(drop) = self.net_drop()? {
@@ -146,7 +154,28 @@ impl DestinationHold {
         let (Ok(runtime), Ok(id)) = (self.runtimes.find(&container.runtime), id(&container.id)) else { return false };
         let runs = runtime.inspect(&id).await.is_ok_and(|found| found.pid.is_some());
         self.open.fetch_or(runs && !self.has_images(), Ordering::SeqCst);
+        if runs
+            && let Ok(cgroup) = self.cgroup(&id)
+            && let Err(failure) = self.guard.begin(&cgroup).await
+        {
+            tracing::error!(disk = self.disk, %failure, "the container is not guarded");
+        }
         runs
+    }
+
+    /// Until when the container may run, for its guard; `None`: without end.
+    pub fn set_deadline(&self, deadline: Option<BootTime>) {
+        self.guard.set_deadline(deadline);
+    }
+
+    /// Looks after the guard; whether the container may have been frozen by it although the lease holds.
+    pub async fn look_after_guard(&self) -> bool {
+        let Some(container) = &self.container else { return false };
+        let Ok(cgroup) = id(&container.id).and_then(|id| self.cgroup(&id)) else { return false };
+        self.guard.look(&cgroup).await.unwrap_or_else(|failure| {
+            tracing::error!(disk = self.disk, %failure, "the container is not guarded");
+            false
+        })
     }
 
     /// Whether the checkpoint is still here: it goes when the container has been restored from it.
@@ -189,6 +218,9 @@ impl DestinationHold {
         if let Some(container) = &self.container {
             let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
             outcome = runtime.kill_and_delete(&id).await.map_err(|error| failed(&error));
+            if outcome.is_ok() {
+                self.guard.end();
+            }
             if let Some(drop) = self.net_drop()? {
                 outcome = outcome.and(drop.remove().await.map_err(|error| failed(&error)));
             }
@@ -206,7 +238,7 @@ impl DestinationHold {
     }
 
     /// Nobody is asked: a restore makes the container in this group or not at all, and a lease does not wait.
-    fn set_frozen(&self, frozen: bool) {
+    pub fn set_frozen(&self, frozen: bool) {
         let Some(container) = &self.container else { return };
         let set = id(&container.id).and_then(|id| self.cgroup(&id)).and_then(|cgroup| {
             // Nothing to freeze while nothing was restored.

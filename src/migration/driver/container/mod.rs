@@ -4,6 +4,7 @@
 //! operator configured: runtimes, and the directories of bundles and mounts; nothing of that comes over the link.
 
 mod destination;
+mod guarded;
 mod source;
 
 use std::collections::BTreeMap;

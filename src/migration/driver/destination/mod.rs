@@ -1,4 +1,10 @@
 //! The destination's driver: runs a [`DestinationMachine`] on the journal, the export, the container and the source.
+//!
+//! - `handle`: what the rest of the node sees of it
+//! - `effects`: what the machine wants done
+
+mod effects;
+mod handle;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,152 +13,23 @@ use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::container::DestinationHold;
+use effects::perform;
+use handle::Command;
+pub use handle::{ContainerState, DestinationHandle, DestinationView, DestinationWorld};
+
 use super::verify::Verifier;
-use super::{COMMANDS, SharedJournal, append, denied, driver_gone};
 use crate::clock;
 use crate::error::{Failure, Outcome};
-use crate::export::{GateMode, LazyExport};
 use crate::migration::lease::Beat;
 use crate::migration::machine::{BeatAnswer, Denied, DestinationEffect, DestinationEvent, DestinationMachine};
 use crate::migration::phase::DestinationPhase;
-use crate::migration::record::{DestinationRecord, Record};
-use crate::peer::client::PeerClient;
 use crate::peer::{Progress, Reply, Request, Subject};
 use crate::pull::PullState;
-use crate::units::{BootTime, Epoch};
-
-/// How long the source may take to record its release.
-const COMPLETE_TIME: Duration = Duration::from_secs(10);
-
-/// How long writes that were admitted before are waited for when the gate changes.
-const GATE_TIME: Duration = Duration::from_millis(500);
+use crate::units::BootTime;
 
 /// How often it is looked whether a read starves.
 const MIN_LOOK: Duration = Duration::from_millis(20);
 const MAX_LOOK: Duration = Duration::from_secs(1);
-
-/// What the driver acts on.
-pub struct DestinationWorld {
-    /// The disk's name.
-    pub disk: String,
-    /// Its export.
-    pub export: LazyExport,
-    /// Its journal.
-    pub journal: SharedJournal,
-    /// The source.
-    pub peer: Arc<PeerClient>,
-    /// The container's side.
-    pub hold: Arc<DestinationHold>,
-    /// Freeze the container when a read waits longer than this for the source.
-    pub starve_after: Option<Duration>,
-}
-
-/// The migration as others see it.
-#[derive(Clone, Debug)]
-pub struct DestinationView {
-    /// As it would be journaled.
-    pub record: DestinationRecord,
-    /// When the source last answered.
-    pub heard_at: Option<BootTime>,
-    /// When the lease ends.
-    pub lease_ends: Option<BootTime>,
-    /// What the container does here.
-    pub container: ContainerState,
-    /// How long all I/O was held because the lease had not been renewed in time, all in all.
-    pub fenced: Duration,
-    /// Whether nothing of a discarded migration is left but the store.
-    pub torn_down: bool,
-    /// The last thing that went wrong.
-    pub last_error: Option<String>,
-}
-
-/// What a destination's container does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ContainerState {
-    /// None moves along, or it has gone with what was discarded.
-    None,
-    /// It has not been restored yet.
-    Awaited,
-    /// It runs.
-    Running,
-    /// It stands still: the lease was not renewed in time.
-    Frozen,
-    /// It stands still: a read waits too long for the source.
-    Starved,
-    /// It ran here and does not any more: it has ended, or this host was restarted.
-    Gone,
-}
-
-enum Command {
-    Do(DestinationEvent, oneshot::Sender<Result<(), Denied>>),
-    Resume(Epoch, oneshot::Sender<Outcome<()>>),
-    ColdStart(oneshot::Sender<Outcome<()>>),
-}
-
-/// Commands go in here, a view comes out.
-#[derive(Clone)]
-pub struct DestinationHandle {
-    commands: mpsc::Sender<Command>,
-    view: watch::Receiver<DestinationView>,
-    peer: Arc<PeerClient>,
-}
-
-impl DestinationHandle {
-    /// Starts the driver.
-    pub fn spawn(world: DestinationWorld, machine: DestinationMachine, stop: CancellationToken) -> Self {
-        let (commands, inbox) = mpsc::channel(COMMANDS);
-        let (publish, view) = watch::channel(DestinationView {
-            record: machine.record().clone(),
-            heard_at: None,
-            lease_ends: None,
-            container: ContainerState::None,
-            fenced: Duration::ZERO,
-            torn_down: false,
-            last_error: None,
-        });
-        let peer = world.peer.clone();
-        tokio::spawn(Driver::new(world, machine, publish).run(inbox, stop));
-        Self { commands, view, peer }
-    }
-
-    /// Does a command and waits for its end.
-    pub async fn command(&self, event: DestinationEvent) -> Outcome<()> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Do(event, reply)).await.map_err(|_| driver_gone())?;
-        answer.await.map_err(|_| driver_gone())?.map_err(denied)
-    }
-
-    /// Attaches, mounts and restores; done already is done.
-    pub async fn resume(&self, epoch: Epoch) -> Outcome<()> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Resume(epoch, reply)).await.map_err(|_| driver_gone())?;
-        answer.await.map_err(|_| driver_gone())?
-    }
-
-    /// Attaches, mounts and starts the container anew from the disk, where its memory is gone.
-    pub async fn cold_start(&self) -> Outcome<()> {
-        let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::ColdStart(reply)).await.map_err(|_| driver_gone())?;
-        answer.await.map_err(|_| driver_gone())?
-    }
-
-    /// The migration as it is now.
-    pub fn view(&self) -> DestinationView {
-        self.view.borrow().clone()
-    }
-
-    /// For waiting.
-    pub fn watch(&self) -> watch::Receiver<DestinationView> {
-        self.view.clone()
-    }
-
-    /// The source.
-    pub fn peer(&self) -> &Arc<PeerClient> {
-        &self.peer
-    }
-}
 
 type BeatResult = (Beat, Result<BeatAnswer, String>);
 
@@ -168,6 +45,7 @@ struct Driver {
     verifier: Arc<Verifier>,
     /// After a restart: whether the container has outlived the node.
     looking: Option<BoxFuture<'static, bool>>,
+    guarding: Option<BoxFuture<'static, bool>>,
     waiting: Option<oneshot::Sender<Result<(), Denied>>>,
     resume_waiting: Vec<oneshot::Sender<Outcome<()>>>,
     next_beat: BootTime,
@@ -196,6 +74,7 @@ impl Driver {
             verifying: None,
             verifier: Arc::default(),
             looking: None,
+            guarding: None,
             waiting: None,
             resume_waiting: Vec::new(),
             next_beat: BootTime::default(),
@@ -268,6 +147,13 @@ impl Driver {
                     self.resumed |= runs;
                     self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
                 }
+                frozen = pending(&mut self.guarding) => {
+                    self.guarding = None;
+                    // It froze while the lease was being renewed.
+                    if frozen && self.machine.record().phase == DestinationPhase::Active && !self.starving {
+                        self.world.hold.set_frozen(false);
+                    }
+                }
                 event = pending(&mut self.telling) => {
                     self.telling = None;
                     self.note_refusal(&event);
@@ -298,6 +184,7 @@ impl Driver {
             self.deadline = Some(deadline);
             let nanoseconds = |at: BootTime| i64::try_from(at.since_boot().as_nanos()).unwrap_or(i64::MAX - 1);
             self.world.export.gate().set_deadline(deadline.map_or(i64::MAX, nanoseconds));
+            self.world.hold.set_deadline(deadline);
         }
     }
 
@@ -464,6 +351,10 @@ impl Driver {
         if self.beating.is_some() || !self.machine.beats() || now < self.next_beat {
             return;
         }
+        if self.guarding.is_none() {
+            let hold = self.world.hold.clone();
+            self.guarding = Some(Box::pin(async move { hold.look_after_guard().await }));
+        }
         let beat = self.machine.send_beat(now);
         let interval = self.machine.lease().beat_interval();
         self.next_beat = now.after(interval);
@@ -531,60 +422,5 @@ async fn pending<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
     match slot {
         Some(future) => future.await,
         None => std::future::pending().await,
-    }
-}
-
-fn perform(
-    world: Arc<DestinationWorld>,
-    effect: DestinationEffect,
-    progress: Progress,
-    subject: Subject,
-) -> BoxFuture<'static, DestinationEvent> {
-    Box::pin(async move {
-        tracing::info!(disk = world.disk, epoch = subject.epoch.0, effect = name(&effect), "destination");
-        match effect {
-            DestinationEffect::Journal(record) => {
-                return DestinationEvent::Journaled(append(&world.journal, Record::Destination(record)).await);
-            }
-            DestinationEffect::Open => set_gate(&world, GateMode::Open).await,
-            DestinationEffect::Hold => set_gate(&world, GateMode::Held).await,
-            DestinationEffect::Close => set_gate(&world, GateMode::Closed).await,
-            DestinationEffect::StartPull => world.export.set_background(true),
-            DestinationEffect::FreezeContainer => world.hold.freeze().await,
-            DestinationEffect::ThawContainer => world.hold.thaw().await,
-            DestinationEffect::TellComplete(grant) => {
-                let told = world.peer.call(&Request::Complete { subject, progress, grant }, COMPLETE_TIME).await;
-                return DestinationEvent::SourceKnows(match told {
-                    Ok(_) => Ok(()),
-                    Err(error) => Err(error.into_failure()),
-                });
-            }
-            DestinationEffect::Verify | DestinationEffect::TearDown | DestinationEffect::Answer(_) => {}
-        }
-        DestinationEvent::Done
-    })
-}
-
-/// A new mode counts at once; changes of bytes that were admitted before are waited for, but not for ever: what the
-/// local disk holds up is not acknowledged under the new mode either.
-async fn set_gate(world: &DestinationWorld, mode: GateMode) {
-    if tokio::time::timeout(GATE_TIME, world.export.gate().set(mode)).await.is_err() {
-        tracing::warn!(disk = world.disk, ?mode, "writes to the local disk take long to end");
-    }
-}
-
-fn name(effect: &DestinationEffect) -> &'static str {
-    match effect {
-        DestinationEffect::Journal(_) => "journal",
-        DestinationEffect::Open => "open",
-        DestinationEffect::Hold => "hold",
-        DestinationEffect::Close => "close",
-        DestinationEffect::StartPull => "start the pull",
-        DestinationEffect::FreezeContainer => "freeze",
-        DestinationEffect::ThawContainer => "thaw",
-        DestinationEffect::TearDown => "tear down",
-        DestinationEffect::Verify => "verify",
-        DestinationEffect::TellComplete(_) => "tell that it is complete",
-        DestinationEffect::Answer(_) => "answer",
     }
 }

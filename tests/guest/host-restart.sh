@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# A whole host is restarted in the middle, so that the memory there is gone. A's: the rollback brings the container back
+# from its checkpoint, where it was frozen. B's: nothing starts by itself; the operator starts it from its disk.
+# tests/run: timeout=600 memory=3072 disk=8
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
+mib=${EXAMPLE_MIB:-240} fail_link=1
+set_the_stage
+
+# host_dies HOST: no process, mount, device, namespace rule or runtime state of it is left; its disks are. Nothing is flushed
+# on the way: the device goes first.
+host_dies() {
+  local host=$1 dir name pid
+  kill -KILL "${node_pid[$host]}"
+  wait "${node_pid[$host]}" 2>/dev/null || true
+  for pid in $(pgrep -f "lazy-migrate guard --lease $work/$host/"); do kill -KILL "$pid"; done
+  for dir in /sys/block/nbd*; do
+    ! grep -qs "$work/$host/" "$dir/backend" || nbd-client -d "/dev/${dir##*/}" >/dev/null
+  done
+  for name in $("$work/$host/runc" list -q); do
+    pid=$("$work/$host/runc" state "$name" | jq .pid)
+    echo 1 >"/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.kill"
+    "$work/$host/runc" delete -f "$name" >/dev/null 2>&1 || true
+  done
+  umount -l "$work/$host/mnt/web"
+  rm -rf --one-file-system "$work/$host/runc-state" "$work/$host"/*.lease
+  inside "c$host" nft flush ruleset
+}
+phase() { on "$1" status web --json | jq -r .phase; }
+is_phase() { [ "$(phase "$1")" = "$2" ]; }
+begin() {
+  : >"$work/timeline"
+  in_background hosta "$programs/lazy-migrate" --control "$work/a/control.sock" "${migrate[@]}" >/dev/null 2>"$work/timeline" &
+  migrating=$!
+  wait_until 120 "the container was not resumed on B" resumed "$migrating"
+  frozen_at=$(last_line "$log_a")
+  wait_until 30 "the container does not run on B" log_above "$log_b" "$((frozen_at + 5))"
+  wait_until 30 "the checkpoint is not kept" test -e "$work/a/state/disks/web/checkpoint.whole"
+}
+
+say "A is restarted, and takes the container back"
+begin
+host_dies a
+stop_process "$migrating"
+start_node a
+is_phase a handed-over || fail "A is $(phase a)"
+on a rollback web --wait --json >"$work/rollback.json" || fail "the rollback failed"
+say "A: $(jq -c . "$work/rollback.json")"
+goes_on "$log_a"
+check_log "$log_a" || fail "A's log has a gap"
+[ "$(sed -n "$((frozen_at + 1))p" "$log_a")" = "$((frozen_at + 1))" ] || fail "A did not go on from $frozen_at"
+wait_until 30 "the client gets no replies" client_lives
+wait_until 30 "B does not give up" is_phase b discarded
+nothing_on_b
+
+say "B is restarted, and its container's memory is gone"
+on b remove web >&2
+begin
+host_dies b
+start_node b
+container() { on b status web --json | jq -r .container_state; }
+is_gone() { [ "$(container)" = gone ]; }
+wait_until 30 "B says that its container is $(container)" is_gone
+wait_until 30 "B's disk does not come back" is_phase b active
+is_phase a handed-over || fail "A was released although nobody has the container's memory"
+[ -z "$("$work/b/runc" list -q)" ] || fail "B started something by itself"
+refused 3 'came to this host' on a cold-start web
+on b cold-start web >&2 || fail "it could not be started"
+goes_on "$log_b"
+check_log "$log_b" || fail "B's log has a gap"
+refused 3 'can be started anew only when it is gone' on b cold-start web
+pgrep -f "lazy-migrate guard --lease $work/b/" >/dev/null || fail "nobody guards the container"
+on b wait web --for complete --timeout 120s >&2
+wait_until 20 "A does not know that it is over" is_phase a released
+(cd "$work/b/mnt/web/rootfs" && sha256sum --quiet -c "$work/sums") || fail "files differ"
+stop_process "$migrating"
