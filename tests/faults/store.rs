@@ -53,7 +53,7 @@ impl BadDisk {
     fn new(dir: &Path) -> BadDisk {
         let (socket, trigger) = (dir.join("nbdkit.sock"), dir.join("fail"));
         let error_file = format!("error-file={}", trigger.display());
-        let server = Background::start(
+        let server = Background::start_quietly(
             "nbdkit",
             "nbdkit",
             &[
@@ -76,7 +76,7 @@ impl BadDisk {
         std::fs::create_dir(&fuse).unwrap();
         let file = fuse.join("disk");
         let uri = format!("nbd+unix:///?socket={}", socket.display());
-        let process = Background::start("nbdfuse", "libnbd-bin", &[file.to_str().unwrap(), &uri]);
+        let process = Background::start_quietly("nbdfuse", "libnbd-bin", &[file.to_str().unwrap(), &uri]);
         wait_for("nbdfuse's file", || std::fs::metadata(&file).is_ok_and(|found| found.len() > 0));
         let options = ["--find", "--show", "--direct-io=on", file.to_str().unwrap()];
         let loop_device = run("losetup", "mount", &options);
