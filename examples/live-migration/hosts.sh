@@ -7,6 +7,8 @@
 prefix=lm-example
 declare -A node_pid=()
 client_pid=''
+# More options for both nodes.
+serve_options=()
 
 say() {
   local ms=$((($(date +%s%N) - start) / 1000000))
@@ -108,7 +110,7 @@ start_node() {
   printf '#!/bin/sh\nexec %q --root %q "$@"\n' "$(command -v runc)" "$work/$host/runc-state" >"$work/$host/runc"
   chmod +x "$work/$host/runc"
   in_background "host$host" "$programs/lazy-migrate" --control "$work/$host/control.sock" serve --state-dir "$work/$host/state" --peer "$address:10810" --insecure \
-    --runtime "runc=$work/$host/runc,root=$work/$host/runc-state" --bundle-dir "$work/$host/bundles" --mount-dir "$work/$host/mnt" \
+    --runtime "runc=$work/$host/runc,root=$work/$host/runc-state" --bundle-dir "$work/$host/bundles" --mount-dir "$work/$host/mnt" "${serve_options[@]}" \
     </dev/null >>"$work/$host/node.log" 2>&1 &
   node_pid[$host]=$!
   wait_until 20 "the node of host $host does not answer" node_answers "$host"

@@ -3,6 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -54,6 +55,8 @@ fn start(program: &Path, lease: &Path, cgroup: &Cgroup, log: &Path) -> Result<Ch
     // It goes to `/` and into a session of its own by itself.
     let lease = std::path::absolute(lease).map_err(Error::io("find", lease))?;
     Command::new(program)
+        // For whoever looks at the list of processes.
+        .arg0("lazy-migrate")
         .arg("guard")
         .arg("--lease")
         .arg(lease)

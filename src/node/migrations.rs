@@ -195,6 +195,14 @@ impl Node {
         if to.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
             return Err(Failure::usage(format!("--to {to}: a peer address is host:port")));
         }
+        let timings = self.config.timings;
+        if policy.link_timeout < timings.beat * 3 {
+            return Err(Failure::usage(format!(
+                "--link-timeout {} ms: a heartbeat comes every {} ms, so silence cannot be told from a late one before three",
+                policy.link_timeout.as_millis(),
+                timings.beat.as_millis()
+            )));
+        }
         let mut role = disk.role.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let epoch = match &*role {
             Role::Idle if matches!(disk.spec.origin, super::Origin::Migration { .. }) => {
@@ -244,12 +252,12 @@ impl Node {
             subject,
             size: disk.spec.size,
             block_size: disk.spec.block_size,
-            timings: self.config.timings,
+            timings,
             advertise: self.config.advertise.clone(),
             port: self.peer_port,
             container,
         };
-        let record = new_record(migration, epoch, to, self.config.timings, policy);
+        let record = new_record(migration, epoch, to, timings, policy);
         let (handle, hold) = self.spawn_source(disk, SourceMachine::new(record), Some(ask));
         *role = Role::Source(handle.clone(), hold);
         Ok(handle)

@@ -15,7 +15,7 @@ resumed_on_b() {
   wait_until 120 "the container was not resumed on B" resumed "$migrating"
   frozen_at=$(last_line "$log_a")
   wait_until 30 "the container does not run on B" log_above "$log_b" "$frozen_at"
-  guard=$(pgrep -f "lazy-migrate guard --lease $work/b/") || fail "nobody guards the container"
+  guard=$(pgrep -f "guard --lease $work/b/") || fail "nobody guards the container"
 }
 phase() { on "$1" status web --json | jq -r .phase; }
 is_phase() { [ "$(phase "$1")" = "$2" ]; }
@@ -67,7 +67,7 @@ kill -KILL "${node_pid[b]}"
 wait "${node_pid[b]}" 2>/dev/null || true
 wait_until 30 "the guard does not freeze B's container" b_freezes
 start_node b
-[ "$(pgrep -f "lazy-migrate guard --lease $work/b/")" = "$guard" ] || fail "the guard was not taken over"
+[ "$(pgrep -f "guard --lease $work/b/")" = "$guard" ] || fail "the guard was not taken over"
 goes_on_b() { is_phase b active && log_above "$log_b" "$((frozen_at + 20))"; }
 wait_until 30 "B does not go on" goes_on_b
 on b wait web --for complete --timeout 120s >&2

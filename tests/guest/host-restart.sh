@@ -13,7 +13,7 @@ host_dies() {
   local host=$1 dir name pid
   kill -KILL "${node_pid[$host]}"
   wait "${node_pid[$host]}" 2>/dev/null || true
-  for pid in $(pgrep -f "lazy-migrate guard --lease $work/$host/"); do kill -KILL "$pid"; done
+  for pid in $(pgrep -f "guard --lease $work/$host/"); do kill -KILL "$pid"; done
   for dir in /sys/block/nbd*; do
     ! grep -qs "$work/$host/" "$dir/backend" || nbd-client -d "/dev/${dir##*/}" >/dev/null
   done
@@ -69,7 +69,7 @@ on b cold-start web >&2 || fail "it could not be started"
 goes_on "$log_b"
 check_log "$log_b" || fail "B's log has a gap"
 refused 3 'can be started anew only when it is gone' on b cold-start web
-pgrep -f "lazy-migrate guard --lease $work/b/" >/dev/null || fail "nobody guards the container"
+pgrep -f "guard --lease $work/b/" >/dev/null || fail "nobody guards the container"
 on b wait web --for complete --timeout 120s >&2
 wait_until 20 "A does not know that it is over" is_phase a released
 (cd "$work/b/mnt/web/rootfs" && sha256sum --quiet -c "$work/sums") || fail "files differ"
