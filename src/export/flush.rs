@@ -116,7 +116,7 @@ impl Flusher {
     /// Bytes that were acknowledged may be lost although this machine goes on: the next process on this store must begin
     /// with what is known to be durable, for the system tells it nothing of the failure.
     fn distrust_live_map(&self) {
-        if let Some(Err(error)) = self.map_files.as_ref().map(MapFiles::retire_live) {
+        if let Some(Err(error)) = self.map_files.as_ref().map(MapFiles::distrust_live) {
             tracing::error!("{error}; remove it before the node is started again");
         }
     }

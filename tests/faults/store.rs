@@ -205,7 +205,7 @@ fn io_errors_that_stay_and_rollback() {
     hosts.assert_freeze_point(true);
 }
 
-/// B's node and its disk are started again: what was flushed is there, and nothing is there that nobody wrote.
+/// B's host and its disk are started again: what was flushed is there, and nothing is there that nobody wrote.
 fn io_errors_then_a_new_start() {
     let (mut hosts, mount, disk, load) = bad("d-again");
     hosts.b.kill();
@@ -216,6 +216,9 @@ fn io_errors_then_a_new_start() {
     mount.end();
     run("fsck.ext4", "e2fsprogs", &["-p", "-f", &disk.loop_device]);
     let _mount = disk.mount(&at);
+    // As after a new boot, too.
+    let live = at.join("disks/web/map.live");
+    std::fs::write(live, b"of another boot").unwrap();
     hosts.b.start_again();
     hosts.b.cli(&["wait", DISK, "--for", "active", "--timeout", "30s"]);
     assert_content(&hosts.b.nbd_socket(), &hosts.model, Least::Flushed);
