@@ -128,9 +128,10 @@ impl Flusher {
             return Ok(());
         }
         let durable = self.disk.sync().map_err(|error| {
+            // First of all: this process may end at any time.
+            self.distrust_live_map();
             snapshot.give_back(&self.disk.map);
             tracing::error!("cannot make the disk durable: {error}; FLUSH fails, stop writing and check the storage");
-            self.distrust_live_map();
             errno_of(&error)
         })?;
         file.commit(&snapshot, &durable).map_err(|error| {

@@ -23,7 +23,7 @@ pub struct Hosts {
     pub model: Arc<Model>,
     pub image: PathBuf,
     pub original: Arc<Vec<u8>>,
-    pub dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 impl Hosts {
@@ -53,7 +53,7 @@ impl Hosts {
             network,
             image,
             original,
-            dir,
+            _dir: dir,
         }
     }
 
