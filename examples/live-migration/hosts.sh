@@ -211,7 +211,7 @@ stop_client() {
 # resumed PID: the migration said so; if it ended instead, it failed.
 resumed() {
   grep -qi resumed "$work/timeline" 2>/dev/null && return
-  kill -0 "$1" 2>/dev/null || fail "the migration ended before the container was resumed"
+  kill -0 "$1" 2>/dev/null || fail "the migration ended before the container was resumed: $(tail -n 1 "$work/timeline")"
   return 1
 }
 

@@ -46,7 +46,7 @@ stop_process "$migrating"
 say "B's node dies; A takes the disk back by itself"
 on b remove web >&2
 wait_until 30 "the client gets no replies" client_lives
-resumed_on_b --on-link-failure rollback --link-timeout 2s
+resumed_on_b --on-link-failure rollback --link-timeout 4s
 kill -KILL "${node_pid[b]}"
 wait "${node_pid[b]}" 2>/dev/null || true
 wait_until 40 "A does not take the disk back" is_phase a serving

@@ -22,10 +22,14 @@ host_dies() {
     echo 1 >"/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.kill"
     "$work/$host/runc" delete -f "$name" >/dev/null 2>&1 || true
   done
-  umount -l "$work/$host/mnt/web"
+  # A frozen filesystem would keep its device.
+  timeout 20 fsfreeze -u "$work/$host/mnt/web" 2>/dev/null || true
+  umount "$work/$host/mnt/web"
+  wait_until 20 "the device of $host is still there" no_device "$host"
   rm -rf --one-file-system "$work/$host/runc-state" "$work/$host"/*.lease
   inside "c$host" nft flush ruleset
 }
+no_device() { ! grep -qs "$work/$1/" /sys/block/nbd*/backend; }
 phase() { on "$1" status web --json | jq -r .phase; }
 is_phase() { [ "$(phase "$1")" = "$2" ]; }
 begin() {
