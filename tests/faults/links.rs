@@ -140,6 +140,30 @@ fn a_link_that_never_comes_back() {
     publish("link_rollbacks.csv", &header, &rows);
 }
 
+/// A rollback that is refused for want of an answer may have been heard all the same: B stands still then, and nobody owns
+/// the disk until the operator asks again.
+#[test]
+fn a_refused_rollback_that_was_heard() {
+    let hosts = Hosts::new("heard", MIB, LONG_LEASE);
+    hosts.hand_over();
+    let load = Load::service(hosts.b.nbd_socket(), &hosts.model);
+    load.wait_for_all(0, 5);
+    hosts.network.break_by(Fault::NothingToA);
+    assert!(hosts.a.fails(3, &["rollback", DISK]).contains("lease ends in"));
+    hosts.wait_b("discarded");
+    load.wait_until_shut_down();
+    let logs = load.finish();
+    assert_only_errors(&logs, &[ESHUTDOWN]);
+    let prober = Prober::start(hosts.a.nbd_socket(), hosts.probed());
+    hosts.network.mend();
+    assert_eq!(hosts.a.status(DISK)["phase"], "handed-over", "A has not heard that B gave it back");
+    assert!(!prober.was_accepted());
+    hosts.a.cli(&["rollback", DISK]);
+    prober.wait_accepted(1);
+    assert!(last_of(&logs) < accepted(&prober.finish())[0].1);
+    hosts.assert_freeze_point(true);
+}
+
 /// Writers that never pause, all through the fence and the rollback behind it.
 #[test]
 fn writes_all_through_the_fence() {
