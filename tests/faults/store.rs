@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::client::{EIO, ENOSPC, ESHUTDOWN};
+use crate::client::{Connection, EIO, ENOSPC, ESHUTDOWN, Fail};
 use crate::hosts::{Case, Hosts, run_all};
 use crate::model::Least;
 use crate::service::{DISK, Load, Log, Part, Prober, assert_content, assert_only_errors};
@@ -160,13 +161,18 @@ fn a_full_disk_then_rollback() {
     hosts.assert_freeze_point(true);
 }
 
-/// I/O errors on B's store: FLUSH fails, what is present is still read, nothing is ever complete.
-fn bad(name: &str) -> (Hosts, Mount, BadDisk, Load) {
+fn on_bad_disk(name: &str) -> (Hosts, Mount, BadDisk) {
     let dir = tempfile::tempdir().unwrap();
     let disk = BadDisk::new(dir.path());
     let mount = disk.mount(&dir.path().join("b/state"));
     let hosts = Hosts::in_directory(dir, name, SIZE_MIB, LEASE);
     hosts.hand_over();
+    (hosts, mount, disk)
+}
+
+/// I/O errors on B's store: FLUSH fails, what is present is still read, nothing is ever complete.
+fn bad(name: &str) -> (Hosts, Mount, BadDisk, Load) {
+    let (hosts, mount, disk) = on_bad_disk(name);
     let load = load(&hosts);
     disk.fail();
     wait_for("a flush that fails", || hosts.b.log().contains("cannot make the disk durable"));
@@ -232,15 +238,30 @@ fn io_errors_then_a_new_start() {
 /// B's node is started again and its disk works again, but pages that could not be written are lost, and the system has
 /// said so already: the new process fetches again whatever the old one could not make durable.
 fn io_errors_and_a_new_node() {
-    let (mut hosts, _mount, disk, load) = bad("d-node");
-    let before = hosts.b.status(DISK)["missing_bytes"].as_u64().unwrap();
+    let (mut hosts, _mount, disk) = on_bad_disk("d-node");
+    let parts = [Part::Writes, Part::Changes, Part::Reads];
+    let load = Load::start(hosts.b.nbd_socket(), &hosts.model, &parts, Duration::from_millis(5));
+    load.wait_for_all(0, 10);
+    let mut flusher = Connection::open(&hosts.b.nbd_socket(), DISK, Arc::default()).unwrap();
+    let written = hosts.model.before_flush();
+    assert_eq!(flusher.flush(), Ok(()));
+    hosts.model.flushed(written);
+    disk.fail();
+    let missing = |hosts: &Hosts| hosts.b.status(DISK)["missing_bytes"].as_u64().unwrap();
+    let durable = missing(&hosts);
+    wait_for("a mebibyte that came since", || missing(&hosts) + (1 << 20) <= durable);
+    assert_eq!(flusher.flush(), Err(Fail::Errno(EIO)));
+    let before = missing(&hosts);
     hosts.b.kill();
     assert_only_errors(&load.finish(), &[EIO, EROFS]);
     disk.work_again();
     hosts.network.break_by(Fault::Down);
     hosts.b.start_again();
     let after = hosts.b.status(DISK)["missing_bytes"].as_u64().unwrap();
-    assert!(after > before, "{before} bytes were missing before the process died, and {after} for the next one");
+    assert!(
+        after >= before + (1 << 20) / 2,
+        "{before} bytes were missing before the process died, and {after} for the next one"
+    );
     hosts.network.mend();
     hosts.network.full_speed();
     hosts.b.cli(&["wait", DISK, "--timeout", "60s"]);
