@@ -328,7 +328,8 @@ impl DestinationMachine {
         match answer {
             BeatAnswer::Granted(grant) => {
                 if matches!(self.record.phase, DestinationPhase::Active | DestinationPhase::Fenced) {
-                    self.grant = self.grant.max(grant);
+                    // Not the highest: a source that was restarted counts anew.
+                    self.grant = grant;
                 }
                 let holds = self.lease.renew(now, beat);
                 if holds && self.record.phase == DestinationPhase::Fenced && self.step(DestinationStep::Unfence).is_ok()

@@ -17,7 +17,8 @@ use std::time::Duration;
 
 use super::phase::{Refusal, Refused};
 
-/// The number of a granting answer; rises by one with each, as long as the source's node lives. The word that all is
+/// The number of a granting answer; rises by one with each, as long as the source's node lives; the next process counts
+/// from another number. The word that all is
 /// durable carries the last one: it shows that the destination was alive after that answer was given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(transparent)]

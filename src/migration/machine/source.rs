@@ -182,6 +182,8 @@ impl SourceMachine {
             }
             SourcePhase::HandedOver => {
                 machine.lease = Some(GrantedLease::new(machine.record.timings, now));
+                // No number of an earlier process may pass for one of this one's.
+                machine.grant = Grant(now.since_boot().as_nanos() as u64);
                 machine.heard(now);
             }
             SourcePhase::RolledBack => machine.finish_rollback(),
@@ -343,9 +345,13 @@ impl SourceMachine {
                     return Err(Denied::Stale { theirs: epoch.0, ours: machine.record.epoch.0 });
                 }
                 machine.record.phase.step(SourceStep::Release)?;
+                if machine.wants_back() {
+                    // The next beat will be told so: releasing now could leave the disk without an owner.
+                    return Err(Denied::AskedBack { void_in: machine.unsafe_for(now) });
+                }
                 if let Some(asked) = machine.asked_back {
-                    if asked.survived.is_none_or(|survived| grant < survived) {
-                        // Its word may be older than ours: releasing now could leave the disk without an owner.
+                    if !asked.survived.is_some_and(|survived| (survived..=machine.grant).contains(&grant)) {
+                        // Its word may be older than ours: the same could happen.
                         return Err(Denied::AskedBack { void_in: asked.void_at.since(now) });
                     }
                     machine.asked_back = None;

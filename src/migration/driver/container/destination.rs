@@ -9,6 +9,7 @@ use super::guarded::Guarded;
 use super::{
     MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, check_rootfs, failed, id, known_type, open_network, remove_tree, source_owner,
 };
+use crate::clock;
 use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec};
 use crate::device::{DeviceSlot, Via, mount, mounts_of};
 use crate::error::{Failure, Outcome};
@@ -192,12 +193,15 @@ impl DestinationHold {
         }
     }
 
-    /// Lets the tasks go on.
+    /// Lets the tasks go on, unless the lease has ended while this was being done: the guard has frozen them then, and they
+    /// are thawed after a renewal.
     pub async fn thaw(&self) {
         if self.open.load(Ordering::SeqCst) {
             self.network("open", async |drop| drop.remove().await).await;
         }
-        self.set_frozen(false);
+        if !self.guard.is_over(clock::now()) {
+            self.set_frozen(false);
+        }
     }
 
     /// A container that runs has its network, and another must not get it.

@@ -62,6 +62,11 @@ impl Guarded {
         }
     }
 
+    /// Whether the container must stand still at `now`.
+    pub(super) fn is_over(&self, now: BootTime) -> bool {
+        lock(&self.state).deadline.is_some_and(|deadline| deadline <= now)
+    }
+
     /// Starts the guard again if it has gone. Whether it may have frozen the container since the last look: one that froze
     /// while the lease was being renewed does not know better.
     pub(super) async fn look(&self, cgroup: &Cgroup) -> Outcome<bool> {

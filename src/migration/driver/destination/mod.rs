@@ -145,10 +145,16 @@ impl Driver {
                 runs = pending(&mut self.looking) => {
                     self.looking = None;
                     self.resumed |= runs;
+                    // A lease that was renewed before this was known has not begun it.
+                    if runs && self.machine.record().phase == DestinationPhase::Active {
+                        self.world.export.set_background(true);
+                    }
                     self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
                 }
                 frozen = pending(&mut self.guarding) => {
                     self.guarding = None;
+                    // This node may have stood still since: then its lease is over, and thawing would make a second owner.
+                    self.machine.handle(clock::now(), DestinationEvent::Tick);
                     // It froze while the lease was being renewed.
                     if frozen && self.machine.record().phase == DestinationPhase::Active && !self.starving {
                         self.world.hold.set_frozen(false);

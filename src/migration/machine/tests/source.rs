@@ -324,6 +324,30 @@ fn nobody_is_asked_back_who_was_not_heard_since_the_restart() {
 }
 
 #[test]
+fn nothing_is_released_while_the_disk_is_wanted_back() {
+    // Nobody was told yet, but the next beat will be.
+    let mut host = Host::recovered(SourcePhase::HandedOver);
+    host.does(rollback(true));
+    assert_eq!(host.does(complete(0)), ["asked back"]);
+    assert_eq!(host.beats(4, DestinationPhase::Active), BeatAnswer::GiveBack);
+    assert_eq!(host.does(complete(0)), ["asked back"]);
+}
+
+#[test]
+fn an_answer_of_an_earlier_process_proves_nothing() {
+    let mut host = Host::recovered(SourcePhase::HandedOver);
+    let after_restart = granted(host.beats(4, DestinationPhase::Active));
+    host.does(rollback(false));
+    host.does(SourceEvent::PeerDiscard(silence()));
+    host.now = at(112);
+    let survived = granted(host.beats(5, DestinationPhase::Active));
+    for grant in [after_restart, survived + 1, 0, u64::MAX] {
+        assert_eq!(host.does(complete(grant)), ["asked back"], "{grant}");
+    }
+    assert_eq!(host.does(complete(survived)), ["check"]);
+}
+
+#[test]
 fn an_image_that_somebody_wrote_to_is_not_released() {
     let mut host = Host::told();
     host.does(complete(0));
