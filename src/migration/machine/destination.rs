@@ -311,8 +311,13 @@ impl DestinationMachine {
             }
             // The source has recorded its release and says so again with every beat: this is tried again.
             DestinationPhase::Complete => self.record.phase = self.before_complete,
+            // Recorded or not, nothing runs here without a grant that is still to come: a node that starts again with the
+            // older record asks for one first. So the source may have its disk back, although this host's own is broken.
             DestinationPhase::Discarded => {
-                self.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
+                self.effects.push_back(DestinationEffect::Close);
+                self.answer(Ok(()));
+                self.effects.push_back(DestinationEffect::TearDown);
+                return;
             }
             _ => {}
         }

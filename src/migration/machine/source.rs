@@ -452,7 +452,8 @@ impl SourceMachine {
         };
         self.rolling_back = true;
         self.note_asked_back(now);
-        let within = if self.unsafe_for(now).is_zero() { TELL_WHEN_SAFE } else { TELL_WHEN_UNSAFE };
+        // Whoever does not answer is not waited for much longer than for the lease's end.
+        let within = TELL_WHEN_UNSAFE.min(self.unsafe_for(now) + TELL_WHEN_SAFE);
         self.effects.push_back(SourceEffect::TellDiscard { within, beat });
     }
 

@@ -281,10 +281,10 @@ fn a_record_that_cannot_be_written_stops_what_it_stands_for() {
     assert!(!host.may_write() && !host.machine.beats());
 
     let mut host = Host::active();
-    let stopped = ["freeze", "hold", "journal discarded", "close", "tear down", "failed"];
+    let stopped = ["freeze", "hold", "journal discarded", "close", "done", "tear down"];
     let discard = host.discard();
-    assert_eq!(host.fails(discard), stopped, "it stands still all the same");
-    assert!(!host.may_write());
+    assert_eq!(host.fails(discard), stopped, "it stands still all the same, and says so");
+    assert!(!host.may_write() && !host.machine.beats());
 
     let mut host = Host::active();
     assert_eq!(
