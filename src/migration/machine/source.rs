@@ -254,6 +254,10 @@ impl SourceMachine {
             SourcePhase::HandedOver if self.wants_back() || theirs == DestinationPhase::Discarded => {
                 self.last_beat = Some(beat);
                 self.note_asked_back(now);
+                if theirs == DestinationPhase::Discarded && !self.unrecorded && !self.is_busy() && !self.rolling_back {
+                    // Its answer to an earlier asking was lost, and nobody else will have the disk.
+                    self.take_back();
+                }
                 BeatAnswer::GiveBack
             }
             SourcePhase::HandedOver => {

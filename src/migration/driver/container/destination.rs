@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use super::guarded::Guarded;
 use super::{
-    MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, check_rootfs, failed, id, known_type, open_network, remove_tree, source_owner,
+    MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, check_rootfs, failed, id, known_type, open_network, remove_file, remove_tree,
+    source_owner,
 };
 use crate::clock;
 use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec};
@@ -47,6 +48,11 @@ impl Places {
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
     }
+
+    /// The file that says that a container was restored from them.
+    fn used(&self) -> PathBuf {
+        self.state.join("images.used")
+    }
 }
 
 impl DestinationHold {
@@ -82,6 +88,7 @@ impl DestinationHold {
             )));
         }
         remove_tree(&self.places.images()).await?;
+        remove_file(&self.places.used()).await?;
         runtime.probe(self.places.state.join("probe")).await.map_err(|error| failed(&error))?;
         if let Some(drop) = self.net_drop()? {
             drop.install().await.map_err(|error| failed(&error))?;
@@ -102,6 +109,26 @@ impl DestinationHold {
         self.start(container, None).await?;
         tracing::info!(disk = self.disk, container = container.id, "started anew from its disk");
         Ok(())
+    }
+
+    /// From here on the memory in the images may be older than the disk, whatever becomes of this host: they are used once.
+    async fn use_images(&self) -> Outcome<()> {
+        let used = self.places.used();
+        if used.exists() {
+            return Err(Failure::refused(
+                "the checkpoint was used here before, and what ran from it may have written to the disk since: it cannot be \
+                 used again",
+            ));
+        }
+        tokio::task::spawn_blocking(move || {
+            crate::files::write_atomically(
+                &used,
+                b"a container was restored from the images; they are not used again\n",
+            )
+            .map_err(|error| Failure::failed(format!("cannot write {}: {error}", used.display())))
+        })
+        .await
+        .map_err(|error| Failure::failed(format!("cannot use the checkpoint: {error}")))?
     }
 
     /// From its images, or anew.
@@ -135,6 +162,9 @@ impl DestinationHold {
             tcp_established: container.tcp_established,
             limit: RESTORE_LIMIT,
         };
+        if spec.image_dir.is_some() {
+            self.use_images().await?;
+        }
         // Before there is anything to guard: a task that runs for a moment only must be stopped as well.
         self.guard.begin(&spec.cgroup).await?;
         runtime.restore(&id, spec).await.map_err(|error| failed(&error))?;
