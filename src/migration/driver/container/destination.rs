@@ -266,7 +266,8 @@ impl DestinationHold {
         for mount in mounts.map_err(|error| failed(&error))? {
             outcome = outcome.and(mount::umount(&mount, MOUNT_LIMIT).await.map_err(|error| failed(&error)));
         }
-        outcome.and(remove_tree(&self.places.images()).await)
+        outcome = outcome.and(remove_tree(&self.places.images()).await);
+        outcome.and(remove_file(&self.places.used()).await)
     }
 
     async fn remove_container(&self, container: &DestinationContainer) -> Outcome<()> {

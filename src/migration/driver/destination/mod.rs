@@ -31,6 +31,10 @@ use crate::units::BootTime;
 const MIN_LOOK: Duration = Duration::from_millis(20);
 const MAX_LOOK: Duration = Duration::from_secs(1);
 
+/// How often what is discarded is tried to be removed before that is left to the node's next start, and how long between.
+const TEAR_DOWN_TRIES: u32 = 5;
+const TEAR_DOWN_PAUSE: Duration = Duration::from_secs(2);
+
 type BeatResult = (Beat, Result<BeatAnswer, String>);
 
 struct Driver {
@@ -255,8 +259,10 @@ impl Driver {
                             let _ = reply.send(outcome.clone());
                         }
                     }
-                    if let Err(failure) = hold.tear_down().await {
-                        tracing::error!(%failure, "what is left of the discarded migration could not be removed");
+                    for left in (0..TEAR_DOWN_TRIES).rev() {
+                        let Err(failure) = hold.tear_down().await else { break };
+                        tracing::error!(%failure, left, "what is left of the discarded migration could not be removed");
+                        tokio::time::sleep(TEAR_DOWN_PAUSE.min(TEAR_DOWN_PAUSE * left)).await;
                     }
                     DestinationEvent::Done
                 }));
