@@ -72,14 +72,20 @@ impl Cgroup {
         }
     }
 
+    /// Kills all tasks in it, frozen ones too, and does not wait: those in uninterruptible I/O die when that ends. Nothing to
+    /// do when it is gone.
+    pub fn kill(&self) -> Result<(), Error> {
+        let kill = self.dir()?.join("cgroup.kill");
+        match std::fs::write(&kill, "1") {
+            Err(e) if !gone(&e) => Err(Error::io("write", kill)(e)),
+            _ => Ok(()),
+        }
+    }
+
     /// Kills all tasks in it, frozen ones too, and removes it and the groups below it. Nothing to do when it is gone.
     pub(crate) async fn destroy(&self, limit: Duration) -> Result<(), Error> {
         let dir = self.dir()?;
-        let kill = dir.join("cgroup.kill");
-        match std::fs::write(&kill, "1") {
-            Err(e) if !gone(&e) => return Err(Error::io("write", kill)(e)),
-            _ => {}
-        }
+        self.kill()?;
         let deadline = tokio::time::Instant::now() + limit;
         loop {
             match remove_groups(&dir) {

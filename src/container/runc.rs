@@ -118,13 +118,22 @@ impl Runc {
             why: e.to_string(),
         })?;
         let live = state.pid != 0 && state.status != ContainerStatus::Stopped;
-        let pid = live.then_some(state.pid);
+        let looked = live
+            .then_some(state.pid)
+            .map(|pid| Ok::<_, Error>((pid, Cgroup::of_process(pid)?, own_netns(pid, &state.bundle)?)));
+        let (pid, cgroup, netns) = match looked.transpose() {
+            Ok(Some((pid, cgroup, netns))) => (Some(pid), Some(cgroup), netns),
+            Ok(None) => (None, None, None),
+            // It has ended since runc looked.
+            Err(_) if !PathBuf::from(format!("/proc/{}", state.pid)).exists() => (None, None, None),
+            Err(error) => return Err(error),
+        };
         Ok(Inspected {
             id: id.clone(),
             pid,
-            status: state.status,
-            cgroup: pid.map(Cgroup::of_process).transpose()?,
-            netns: pid.map(|pid| own_netns(pid, &state.bundle)).transpose()?.flatten(),
+            status: if pid.is_some() { state.status } else { ContainerStatus::Stopped },
+            cgroup,
+            netns,
             bundle: state.bundle,
             rootfs: state.rootfs,
         })

@@ -11,7 +11,7 @@ use nbd::wire::Errno;
 use tokio::sync::oneshot;
 
 use super::status::errno_of;
-use crate::store::{Disk, MapFile};
+use crate::store::{Disk, MapFile, MapFiles};
 
 type Outcome = Result<(), Errno>;
 
@@ -26,16 +26,18 @@ pub(super) struct Flusher {
     disk: Arc<Disk>,
     /// A local image has no map to persist.
     map_file: Option<Mutex<MapFile>>,
+    map_files: Option<MapFiles>,
     state: Mutex<State>,
     /// Something was changed by a client since the last flush began.
     unflushed: AtomicBool,
 }
 
 impl Flusher {
-    pub(super) fn new(disk: Arc<Disk>, map_file: Option<MapFile>) -> Arc<Flusher> {
+    pub(super) fn new(disk: Arc<Disk>, map_file: Option<MapFile>, map_files: Option<MapFiles>) -> Arc<Flusher> {
         Arc::new(Flusher {
             disk,
             map_file: map_file.map(Mutex::new),
+            map_files,
             state: Mutex::new(State::default()),
             // What an earlier process acknowledged and did not flush is still to be flushed.
             unflushed: AtomicBool::new(true),
@@ -111,6 +113,14 @@ impl Flusher {
         outcome
     }
 
+    /// Bytes that were acknowledged may be lost although this machine goes on: the next process on this store must begin
+    /// with what is known to be durable, for the system tells it nothing of the failure.
+    fn distrust_live_map(&self) {
+        if let Some(Err(error)) = self.map_files.as_ref().map(MapFiles::distrust_live) {
+            tracing::error!("{error}; remove it before the node is started again");
+        }
+    }
+
     /// Bits are taken first, then the bytes are made durable, then the bits are written.
     fn sync_with_map(&self, unflushed: bool, file: &mut MapFile) -> Outcome {
         let snapshot = MapFile::snapshot(&self.disk.map);
@@ -118,6 +128,8 @@ impl Flusher {
             return Ok(());
         }
         let durable = self.disk.sync().map_err(|error| {
+            // First of all: this process may end at any time.
+            self.distrust_live_map();
             snapshot.give_back(&self.disk.map);
             tracing::error!("cannot make the disk durable: {error}; FLUSH fails, stop writing and check the storage");
             errno_of(&error)

@@ -145,6 +145,15 @@ impl Gate {
         }
     }
 
+    /// Waits until nothing will be served here any more; for whoever waits for the upstream meanwhile, which may never
+    /// answer again when the disk belongs to another.
+    pub(crate) async fn until_closed(&self) -> Errno {
+        let mut changed = self.changed.subscribe();
+        // The sender lives as long as the gate.
+        while self.mode() != GateMode::Closed && changed.changed().await.is_ok() {}
+        Errno::ESHUTDOWN
+    }
+
     /// The permission to change bytes.
     #[inline]
     pub(crate) fn enter(&self) -> Result<Pass<'_>, Refusal> {

@@ -159,7 +159,7 @@ impl LazyExport {
                 read_only: parts.read_only,
                 gate: Gate::new(if parts.read_only { GateMode::ReadOnly } else { GateMode::Open }, boottime_clock()),
                 tracker: Tracker::new(size),
-                flusher: Flusher::new(disk.clone(), parts.map_file),
+                flusher: Flusher::new(disk.clone(), parts.map_file, parts.map_files.clone()),
                 complete: fetcher.as_ref().map_or_else(|| local_state.subscribe(), |fetcher| fetcher.pull_state()),
                 _local_state: local_state,
                 disk,

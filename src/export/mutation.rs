@@ -114,7 +114,10 @@ impl Inner {
     /// Makes blocks present that a change covers in part.
     async fn bring(&self, blocks: BlockRange) -> Result<(), Errno> {
         let Some(fetcher) = &self.fetcher else { return Ok(()) };
-        fetcher.fetch(blocks, Class::Demand).await;
+        tokio::select! {
+            _ = fetcher.fetch(blocks, Class::Demand) => {}
+            errno = self.gate.until_closed() => return Err(errno),
+        }
         if self.disk.map.is_present(blocks) {
             return Ok(());
         }

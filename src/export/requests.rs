@@ -90,8 +90,10 @@ impl Export for LazyExport {
                 Answer::Later(Box::pin(async move {
                     // Before the handover the source still changes: what came now would stay, and be stale.
                     inner.gate.until_served().await?;
-                    fetcher.fetch(blocks, Class::ReadAhead).await;
-                    Ok(())
+                    tokio::select! {
+                        _ = fetcher.fetch(blocks, Class::ReadAhead) => Ok(()),
+                        errno = inner.gate.until_closed() => Err(errno),
+                    }
                 }))
             }
             _ => Answer::Now(Ok(())),
@@ -130,7 +132,10 @@ async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno>
     let bytes = match &inner.fetcher {
         Some(fetcher) if missing => {
             let fault = fetcher.faults.begin();
-            let brought = fetcher.fetch(blocks, Class::Demand).await;
+            let brought = tokio::select! {
+                brought = fetcher.fetch(blocks, Class::Demand) => brought,
+                errno = inner.gate.until_closed() => return Err(errno),
+            };
             fault.served();
             brought.assemble(&inner.disk, range)
         }

@@ -204,7 +204,8 @@ impl Lab {
     pub(super) async fn reopen_after_power_loss(self) -> Lab {
         let Lab { directory, source, store, export } = self;
         end(export).await;
-        std::fs::remove_file(directory.path().join("map.live")).unwrap();
+        // Gone already where a sync has failed.
+        let _ = std::fs::remove_file(directory.path().join("map.live"));
         let store = Arc::new(FaultyStore::from_bytes(store.after_power_loss()));
         let export = open(&directory, &source, store.clone(), |config| config.background = false).await;
         Lab { directory, source, store, export }

@@ -234,6 +234,35 @@ async fn a_failed_sync_is_told_to_the_client_and_persists_no_bit() {
     assert_eq!(read(&lab.export, 0, 4096).await.unwrap(), lab.source.bytes[..4096]);
 }
 
+#[tokio::test]
+async fn after_a_failed_sync_the_next_process_begins_with_what_is_durable() {
+    let mut lab = Lab::new(Source::new(Source::pattern(SIZE)), quiet).await;
+    done(lab.export.write(0, Bytes::from(vec![5; 4096]), true)).await.unwrap();
+    done(lab.export.write(4096, Bytes::from(vec![6; 4096]), false)).await.unwrap();
+    lab.store.fail_syncs(nix::libc::EIO);
+    assert_eq!(done(lab.export.flush()).await, Err(Errno::EIO));
+    // The store may have lost the second write, and will not say so again.
+    lab = lab.reopen_after_kill(quiet).await;
+    assert_eq!(lab.export.status().present_bytes, 4096);
+    assert_eq!(read(&lab.export, 0, 4096).await.unwrap(), [5; 4096]);
+    assert_eq!(read(&lab.export, 4096, 4096).await.unwrap(), lab.source.bytes[4096..8192]);
+}
+
+#[tokio::test]
+async fn who_waits_for_the_source_is_told_when_the_export_is_closed() {
+    let lab = Lab::new(Source::new(Source::pattern(SIZE)), quiet).await;
+    lab.source.valve_used.store(true, Ordering::SeqCst);
+    let export = lab.export.clone();
+    let reading = tokio::spawn(async move { read(&export, 0, 4096).await });
+    let write = tokio::spawn(done(lab.export.write(8192, Bytes::from_static(&[5; 512]), false)));
+    let cache = tokio::spawn(done(lab.export.cache(16384, 4096)));
+    eventually("all are asked for", || lab.source.reads().len() == 3).await;
+    lab.export.gate().set(GateMode::Closed).await;
+    assert_eq!(reading.await.unwrap(), Err(Errno::ESHUTDOWN));
+    assert_eq!(write.await.unwrap(), Err(Errno::ESHUTDOWN));
+    assert_eq!(cache.await.unwrap(), Err(Errno::ESHUTDOWN));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_freeze_point_admits_no_change_and_a_fence_holds_everything() {
     let lab = Lab::new(Source::new(Source::pattern(SIZE)), quiet).await;

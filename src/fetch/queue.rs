@@ -15,7 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
-use super::ranges::{intersects, subtract};
+use super::ranges::{intersects, subtract, without};
 use crate::limits::{RETRY_MAX, RETRY_MIN};
 use crate::units::{BlockIndex, BlockRange};
 
@@ -101,14 +101,24 @@ struct Flight {
     state: State,
     /// Blocks that a local write took away.
     lost: Vec<BlockRange>,
+    /// Those of them that somebody wants, because the write has failed: they count again when the flight is sent anew.
+    again: Vec<BlockRange>,
     tickets: Vec<Ticket>,
     attempts: u32,
+}
+
+impl Flight {
+    /// The blocks that it will not bring, also when it is sent anew.
+    fn lost_for_good(&self) -> Vec<BlockRange> {
+        without(&self.lost, &self.again)
+    }
 }
 
 #[derive(Debug)]
 struct Waiter {
     /// What it asked for.
-    range: BlockRange,
+    wanted: Vec<BlockRange>,
+    class: Class,
     /// How many flights and claims it still waits for.
     open: usize,
 }
@@ -147,8 +157,8 @@ impl FetchQueue {
     /// this request where they have not been sent), claimed ones are waited for, all others make new flights. `None`
     /// when nothing is missing.
     pub fn request(&mut self, missing: &[BlockRange], class: Class) -> Option<Ticket> {
-        let (first, last) = (missing.first()?, missing.last()?);
-        let ticket = self.new_ticket(BlockRange::new(first.start, last.end));
+        missing.first()?;
+        let ticket = self.new_ticket(missing.to_vec(), class);
         self.plan(missing, class, Cargo::Bytes, Some(ticket));
         Some(ticket)
     }
@@ -207,6 +217,11 @@ impl FetchQueue {
         let Some(flight) = self.flights.get_mut(&id) else { return };
         let State::Sent(_) = flight.state else { return };
         self.in_flight[flight.class as usize] -= flight.range.len();
+        flight.state = State::Waiting { not_before: now };
+        if !self.is_worth_sending(id) {
+            return;
+        }
+        let Some(flight) = self.flights.get_mut(&id) else { return };
         let pause = RETRY_MIN.saturating_mul(1 << flight.attempts.min(16)).min(RETRY_MAX);
         flight.attempts += 1;
         flight.state = State::Waiting { not_before: now + pause };
@@ -225,9 +240,30 @@ impl FetchQueue {
         }
         ids.sort_by(|a, b| b.cmp(a));
         for (_, id) in ids {
-            let class = self.flights[&id].class;
-            self.ready[class as usize].push_front(id);
+            if self.is_worth_sending(id) {
+                let class = self.flights[&id].class;
+                self.ready[class as usize].push_front(id);
+            }
         }
+    }
+
+    /// A flight is to be sent again: as urgently as anybody waits for it, or not at all where everything of it was written
+    /// locally meanwhile.
+    fn is_worth_sending(&mut self, id: FlightId) -> bool {
+        let Some(flight) = self.flights.get_mut(&id) else { return false };
+        flight.lost = flight.lost_for_good();
+        flight.again.clear();
+        if subtract(flight.range, &flight.lost).is_empty() {
+            // Nobody waits for it: see `claim`.
+            self.remove(id);
+            return false;
+        }
+        let tickets = flight.tickets.clone();
+        let class = self.urgency(&tickets);
+        if let (Some(flight), Some(class)) = (self.flights.get_mut(&id), class) {
+            flight.class = flight.class.max(class);
+        }
+        true
     }
 
     /// A local write is about to change blocks of which some are missing.
@@ -236,7 +272,7 @@ impl FetchQueue {
         let landing: Vec<FlightId> =
             over.iter().copied().filter(|id| self.flights[id].state == State::Landing).collect();
         if !landing.is_empty() {
-            let ticket = self.new_ticket(range);
+            let ticket = self.new_ticket(vec![range], Class::Demand);
             for id in landing {
                 self.attach(id, ticket);
             }
@@ -246,9 +282,19 @@ impl FetchQueue {
         for id in over {
             let Some(flight) = self.flights.get_mut(&id) else { continue };
             flight.lost.extend(flight.range.intersect(range));
-            let waiting = matches!(flight.state, State::Waiting { .. });
-            if waiting && subtract(flight.range, &flight.lost).is_empty() {
-                finished.extend(self.landed(id).finished);
+            flight.again = without(&flight.again, &[range]);
+            let (whole, lost) = (flight.range, flight.lost_for_good());
+            let (waiting, tickets) =
+                (matches!(flight.state, State::Waiting { .. }), std::mem::take(&mut flight.tickets));
+            // Who wants nothing else of the flight waits for the claim instead: the flight may never be heard of again.
+            let (kept, gone): (Vec<Ticket>, Vec<Ticket>) =
+                tickets.into_iter().partition(|ticket| self.wants(*ticket, whole, &lost));
+            finished.extend(gone.into_iter().filter(|ticket| self.settle(*ticket)));
+            if let Some(flight) = self.flights.get_mut(&id) {
+                flight.tickets = kept;
+            }
+            if waiting && subtract(whole, &lost).is_empty() {
+                self.remove(id);
             }
         }
         let id = ClaimId(self.id());
@@ -267,7 +313,8 @@ impl FetchQueue {
     /// Nobody waits for a ticket any more. Flights that were not sent and that nobody else waits for are dropped.
     pub fn cancel(&mut self, ticket: Ticket) {
         let Some(waiter) = self.tickets.remove(&ticket) else { return };
-        for id in self.overlapping(waiter.range) {
+        let over: Vec<FlightId> = waiter.wanted.iter().flat_map(|range| self.overlapping(*range)).collect();
+        for id in over {
             let Some(flight) = self.flights.get_mut(&id) else { continue };
             flight.tickets.retain(|joined| *joined != ticket);
             let idle = flight.tickets.is_empty() && flight.class != Class::Background;
@@ -338,6 +385,7 @@ impl FetchQueue {
                 cargo,
                 state: State::Waiting { not_before: Duration::ZERO },
                 lost: Vec::new(),
+                again: Vec::new(),
                 tickets: Vec::new(),
                 attempts: 0,
             });
@@ -351,43 +399,57 @@ impl FetchQueue {
 
     /// Joins a flight; one that was not sent and is less urgent is cut, and the part that is wanted is promoted.
     fn join(&mut self, id: FlightId, wanted: BlockRange, class: Class, ticket: Ticket) {
+        let Some(flight) = self.flights.get_mut(&id) else { return };
+        // What is wanted is missing and nobody's claim: if it was lost, then to a write that failed.
+        if matches!(flight.state, State::Waiting { .. }) {
+            flight.lost = without(&flight.lost, &[wanted]);
+        } else {
+            flight.again.extend(flight.lost.iter().filter_map(|lost| lost.intersect(wanted)));
+        }
+        self.attach(id, ticket);
         let Some(flight) = self.flights.get(&id) else { return };
         let promote = flight.class < class && matches!(flight.state, State::Waiting { .. });
-        let Some(inner) = flight.range.intersect(wanted).filter(|_| promote) else {
-            self.attach(id, ticket);
-            return;
-        };
+        let Some(inner) = flight.range.intersect(wanted).filter(|_| promote) else { return };
         let Some(whole) = self.remove(id) else { return };
-        let mut parts = vec![(inner, class)];
-        parts.extend(subtract(whole.range, &[inner]).into_iter().map(|part| (part, whole.class)));
-        for (range, class) in parts {
-            // What is wanted is missing and nobody's claim: if it was lost, then to a write that failed.
-            let kept = whole.lost.iter().filter_map(|lost| lost.intersect(range));
-            let lost = if range == inner { Vec::new() } else { kept.collect() };
+        let mut parts = vec![inner];
+        parts.extend(subtract(whole.range, &[inner]));
+        for range in parts {
+            let lost: Vec<BlockRange> = whole.lost.iter().filter_map(|lost| lost.intersect(range)).collect();
+            if subtract(range, &lost).is_empty() {
+                continue;
+            }
+            let tickets: Vec<Ticket> =
+                whole.tickets.iter().copied().filter(|joined| self.wants(*joined, range, &lost)).collect();
+            let class = self.urgency(&tickets).map_or(whole.class, |class| class.max(whole.class));
             let part = self.insert(Flight {
                 range,
                 class,
                 cargo: whole.cargo,
                 state: State::Waiting { not_before: Duration::ZERO },
                 lost,
+                again: Vec::new(),
                 tickets: Vec::new(),
-                attempts: whole.attempts,
+                attempts: 0,
             });
-            for joined in &whole.tickets {
-                if self.tickets.get(joined).is_some_and(|waiter| intersects(waiter.range, range)) {
-                    self.attach(part, *joined);
-                }
-            }
-            if range == inner {
-                self.attach(part, ticket);
-            }
+            tickets.into_iter().for_each(|joined| self.attach(part, joined));
         }
         for joined in whole.tickets {
-            // The parts were attached before: nobody can finish here who still waits for one.
+            // The parts were attached before, and each wants one of them at least: nobody can finish here.
             if let Some(waiter) = self.tickets.get_mut(&joined) {
                 waiter.open -= 1;
             }
         }
+    }
+
+    /// Whether a ticket asked for anything of a range but what was lost.
+    fn wants(&self, ticket: Ticket, range: BlockRange, lost: &[BlockRange]) -> bool {
+        let parts = self.tickets.get(&ticket).map(|waiter| waiter.wanted.iter().filter_map(|it| it.intersect(range)));
+        parts.is_some_and(|mut parts| parts.any(|part| !subtract(part, lost).is_empty()))
+    }
+
+    /// How urgent the most urgent of them is.
+    fn urgency(&self, tickets: &[Ticket]) -> Option<Class> {
+        tickets.iter().filter_map(|ticket| self.tickets.get(ticket)).map(|waiter| waiter.class).max()
     }
 
     fn attach(&mut self, id: FlightId, ticket: Ticket) {
@@ -451,9 +513,9 @@ impl FetchQueue {
         Some(flight)
     }
 
-    fn new_ticket(&mut self, range: BlockRange) -> Ticket {
+    fn new_ticket(&mut self, wanted: Vec<BlockRange>, class: Class) -> Ticket {
         let ticket = Ticket(self.id());
-        self.tickets.insert(ticket, Waiter { range, open: 0 });
+        self.tickets.insert(ticket, Waiter { wanted, class, open: 0 });
         ticket
     }
 

@@ -138,6 +138,64 @@ fn a_flight_whose_blocks_are_all_written_locally_is_not_sent() {
 }
 
 #[test]
+fn a_reader_does_not_wait_for_a_flight_of_which_everything_it_wanted_was_written() {
+    let mut queue = FetchQueue::new(256);
+    queue.background(&[run(0, 8)], Cargo::Bytes);
+    let flight = queue.poll(Class::Background, LINE, NOW).unwrap();
+    let reader = queue.request(&[run(2, 3), run(6, 7)], Class::Demand).unwrap();
+    let Claimed::Granted(first, finished) = queue.claim(run(2, 4)) else { panic!("nothing lands") };
+    assert_eq!(finished, vec![], "it waits for the other block");
+    queue.release(first);
+    // The flight was sent, and may never be heard of again: once all is present nobody asks for it.
+    let Claimed::Granted(_, finished) = queue.claim(run(4, 8)) else { panic!("nothing lands") };
+    assert_eq!(finished, vec![reader]);
+    claim(&mut queue, run(0, 2));
+    queue.lost(LINE);
+    assert!(queue.is_idle() && queue.waiting() == 0, "nothing is left of {flight:?}");
+}
+
+#[test]
+fn a_background_flight_that_a_reader_waits_for_is_sent_again_as_demand() {
+    for lost in [true, false] {
+        let mut queue = FetchQueue::new(256);
+        queue.background(&[run(0, 8)], Cargo::Bytes);
+        let flight = queue.poll(Class::Background, LINE, NOW).unwrap();
+        queue.request(&[run(2, 3)], Class::Demand).unwrap();
+        if lost {
+            queue.lost(LINE)
+        } else {
+            queue.failed(flight.id, NOW)
+        }
+        assert_eq!(queue.in_flight(Class::Background), 0);
+        let again = queue.poll(Class::Demand, LINE, RETRY_MIN).unwrap();
+        assert_eq!((again.id, again.class, queue.in_flight(Class::Demand)), (flight.id, Class::Demand, 8));
+    }
+}
+
+#[test]
+fn a_part_that_was_written_is_not_waited_for_when_a_flight_is_cut() {
+    let mut queue = FetchQueue::new(256);
+    queue.background(&[run(6, 9)], Cargo::Bytes);
+    queue.poll(Class::Background, LINE, NOW).unwrap();
+    let written = claim(&mut queue, run(7, 8));
+    queue.release(written);
+    let reader = queue.request(&[run(6, 7), run(8, 9)], Class::ReadAhead).unwrap();
+    queue.lost(LINE);
+    queue.request(&[run(6, 7)], Class::Demand).unwrap();
+    queue.request(&[run(8, 9)], Class::Demand).unwrap();
+    let flights = poll_all(&mut queue, Class::Demand);
+    assert_eq!(ranges(&flights), vec![(6, 7), (8, 9)]);
+    let finished: Vec<Ticket> = flights
+        .iter()
+        .flat_map(|flight| {
+            queue.arrived(flight.id);
+            queue.landed(flight.id).finished
+        })
+        .collect();
+    assert!(finished.contains(&reader) && queue.is_idle(), "{queue:?}");
+}
+
+#[test]
 fn what_failed_comes_again_after_a_pause_that_doubles() {
     let mut queue = FetchQueue::new(256);
     queue.request(&[run(0, 1)], Class::Demand).unwrap();

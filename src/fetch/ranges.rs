@@ -27,6 +27,11 @@ pub(crate) fn subtract(range: BlockRange, holes: &[BlockRange]) -> Vec<BlockRang
     left
 }
 
+/// What is left of several ranges.
+pub(crate) fn without(ranges: &[BlockRange], holes: &[BlockRange]) -> Vec<BlockRange> {
+    ranges.iter().flat_map(|range| subtract(*range, holes)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

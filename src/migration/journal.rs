@@ -102,8 +102,16 @@ impl OwnershipRecord for Journal {
         let line = record::encode(&self.disk, self.count, record)
             .map_err(|source| io("cannot encode a record for journal")(source.into()))?;
         self.poisoned = true;
-        self.file.write_all(&line).map_err(io("cannot append to journal"))?;
-        self.file.sync_data().map_err(io("cannot sync journal"))?;
+        let before = self.file.metadata().map_err(io("cannot look at journal"))?.len();
+        let written = self.file.write_all(&line).map_err(io("cannot append to journal"));
+        if let Err(error) = written.and_then(|()| self.file.sync_data().map_err(io("cannot sync journal"))) {
+            // What it says is not going to happen; so it should not be found either, as far as this file can still be
+            // written. Nothing follows in any case.
+            if let Err(error) = self.file.set_len(before).and_then(|()| self.file.sync_all()) {
+                tracing::warn!(path = %self.path.display(), %error, "a record that failed may be in the journal");
+            }
+            return Err(error);
+        }
         self.poisoned = false;
         self.count += 1;
         Ok(())

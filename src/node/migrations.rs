@@ -43,11 +43,11 @@ impl Node {
         if let Role::Source(source, _) = disk.role() {
             let view = source.view();
             if view.record.phase == SourcePhase::Preparing && view.ready && view.record.peer == to {
-                return Ok(());
+                return source.first_beat().await;
             }
         }
         let source = self.begin_source(&disk, to, None, policy)?;
-        source.command(SourceEvent::Prepare).await.map_err(|failure| failure.context(format!("{to} is not prepared")))
+        source.prepare().await.map_err(|failure| failure.context(format!("{to} is not prepared")))
     }
 
     /// Hands a prepared disk over.

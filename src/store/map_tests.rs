@@ -108,9 +108,40 @@ fn after_process_death_the_live_map_counts_and_is_persisted_next() {
     assert_eq!((map.present_blocks(), map.dirty_blocks()), (7, 1));
     persist(&map, &mut file, &FaultyStore::new(8));
     drop((map, file));
+    // After a clean shutdown as well.
+    std::fs::remove_file(directory.path().join("map.live")).unwrap();
     let (map, _) = open(&files(&directory), OTHER_BOOT).unwrap();
     assert_eq!((map.present_blocks(), map.dirty_blocks()), (7, 1));
     assert!(map.is_present(run(3, 9)) && map.is_dirty(BlockIndex(last)));
+}
+
+#[test]
+fn after_a_power_loss_no_block_is_taken_for_clean_and_that_is_persisted() {
+    let (directory, map, mut file) = new(BLOCKS_PER_PAGE + 5);
+    map.set_present(run(3, 9));
+    persist(&map, &mut file, &FaultyStore::new(8));
+    // An overwrite that nobody flushed: its bytes may be on the disk.
+    map.set_dirty(run(4, 5));
+    drop((map, file));
+    let (map, mut file) = open(&files(&directory), OTHER_BOOT).unwrap();
+    assert_eq!((map.present_blocks(), map.dirty_blocks()), (6, 6));
+    persist(&map, &mut file, &FaultyStore::new(8));
+    drop((map, file));
+    std::fs::remove_file(directory.path().join("map.live")).unwrap();
+    assert_eq!(open(&files(&directory), OTHER_BOOT).unwrap().0.dirty_blocks(), 6);
+}
+
+#[test]
+fn a_distrusted_live_map_does_not_count() {
+    let (directory, map, mut file) = new(64);
+    map.set_present(run(0, 2));
+    persist(&map, &mut file, &FaultyStore::new(8));
+    map.set_present(run(2, 64));
+    files(&directory).distrust_live().unwrap();
+    map.set_dirty(run(5, 6));
+    drop((map, file));
+    let (map, _) = open(&files(&directory), BOOT).unwrap();
+    assert_eq!((map.present_blocks(), map.dirty_blocks()), (2, 2));
 }
 
 #[test]

@@ -59,12 +59,28 @@ impl MapFiles {
             return Ok(OpenedMap { map, file });
         }
         loaded?;
+        // A process that ended in order has removed it. After any other end, bytes of a block may have been changed and be
+        // on the disk although nobody flushed: that such a block is clean would be a guess.
+        let interrupted = self.live.exists();
         let live = LiveMap::create(&self.live, &header, boot, |live| {
             copy(durable.present(), live.present());
-            copy(durable.dirty(), live.dirty());
+            copy(if interrupted { durable.present() } else { durable.dirty() }, live.dirty());
             Ok(())
         })?;
-        Ok(OpenedMap { map: BlockMap::new(Box::new(live), blocks), file })
+        let map = BlockMap::new(Box::new(live), blocks);
+        for page in 0..pages_for(blocks) {
+            if interrupted && map.snapshot(page) != page_of(&durable, page) {
+                map.mark_changed(page);
+            }
+        }
+        Ok(OpenedMap { map, file })
+    }
+
+    /// From the next process on, the durable form counts: the store may have lost what the live form says is there.
+    pub fn distrust_live(&self) -> Result<(), MapError> {
+        self.retire_live()?;
+        // In its place an empty file, which says that the end was not in order. The old one stays mapped.
+        std::fs::File::create(&self.live).map(drop).map_err(MapError::io("create", &self.live))
     }
 
     /// Removes the live form, after a last persist: the durable form says all.

@@ -3,58 +3,12 @@
 use std::time::Duration;
 
 use crate::client::{Client, bytes, repeated};
-use crate::support::{Node, PATIENCE, hash, random_image, run};
+use crate::support::network::{Fault, Network};
+use crate::support::{Node, PATIENCE, hash, random_image};
 
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 128 * MIB;
 const A_MOMENT: Duration = Duration::from_millis(300);
-
-/// Two namespaces with a link that is slow enough for the test to have time; gone when dropped.
-struct Network {
-    a: String,
-    b: String,
-}
-
-impl Network {
-    fn new(name: &str) -> Network {
-        assert!(nix::unistd::geteuid().is_root(), "this test makes network namespaces: run it as root");
-        let id = format!("lm-{}-{name}", std::process::id());
-        let network = Network { a: format!("{id}-a"), b: format!("{id}-b") };
-        let (a, b) = (network.a.as_str(), network.b.as_str());
-        ip(&["netns", "add", a]);
-        ip(&["netns", "add", b]);
-        ip(&["link", "add", "link0", "netns", a, "type", "veth", "peer", "name", "link0", "netns", b]);
-        for (namespace, address) in [(a, "10.99.0.1/24"), (b, "10.99.0.2/24")] {
-            ip(&["-n", namespace, "address", "add", address, "dev", "link0"]);
-            ip(&["-n", namespace, "link", "set", "lo", "up"]);
-            ip(&["-n", namespace, "link", "set", "link0", "up"]);
-        }
-        let slow = ["rate", "48mbit", "burst", "64kb", "latency", "50ms"];
-        run("tc", "iproute2", &[&["-n", a, "qdisc", "add", "dev", "link0", "root", "tbf"][..], &slow].concat());
-        network
-    }
-
-    fn set(&self, state: &str) {
-        ip(&["-n", &self.a, "link", "set", "link0", state]);
-    }
-
-    fn full_speed(&self) {
-        run("tc", "iproute2", &["-n", &self.a, "qdisc", "delete", "dev", "link0", "root"]);
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        for namespace in [&self.a, &self.b] {
-            let _ = std::process::Command::new("ip").args(["netns", "delete", namespace]).status();
-        }
-    }
-}
-
-#[track_caller]
-fn ip(arguments: &[&str]) {
-    run("ip", "iproute2", arguments);
-}
 
 struct Hosts {
     dir: tempfile::TempDir,
@@ -67,7 +21,7 @@ struct Hosts {
 /// A disk that was handed over from a to b, which is still filling when the link goes down and B has noticed. The client
 /// has a write of a present block, a write of a missing one and a read of a missing one under way.
 fn cut_off(name: &str) -> (Hosts, [Client; 3]) {
-    let network = Network::new(name);
+    let network = Network::new(name, "48mbit");
     let dir = tempfile::tempdir().unwrap();
     let web = dir.path().join("web.img");
     random_image(&web, SIZE, 61);
@@ -86,7 +40,7 @@ fn cut_off(name: &str) -> (Hosts, [Client; 3]) {
     hosts.a.cli(&["handover", "web"]);
     let mut clients = [(); 3].map(|()| Client::connect(&hosts.b.uri("web")));
     clients[0].write(0, 4096, 1);
-    hosts.network.set("down");
+    hosts.network.break_by(Fault::Down);
     let status = hosts.b.wait_status("web", "fenced", |status| status["phase"] == "fenced");
     assert!(status["missing_bytes"].as_u64().unwrap() > 0, "it was cut off while it was filling: {status}");
     let last = SIZE - 4096;
@@ -106,7 +60,7 @@ fn cut_off(name: &str) -> (Hosts, [Client; 3]) {
 #[test]
 fn the_owner_goes_on_when_the_link_is_back() {
     let (hosts, mut clients) = cut_off("on");
-    hosts.network.set("up");
+    hosts.network.mend();
     let answers: Vec<_> = clients.iter().map(|client| client.answer(PATIENCE).expect("it goes on")).collect();
     assert_eq!(answers[..2], ["ok", "ok"]);
     let last = SIZE as usize - 4096;
@@ -130,7 +84,7 @@ fn the_owner_is_discarded_when_the_disk_was_taken_back_meanwhile() {
     client.write(0, 4096, 9);
     assert_eq!(hosts.b.status("web")["phase"], "fenced", "it cannot know yet");
     assert!(clients[0].answer(A_MOMENT).is_none());
-    hosts.network.set("up");
+    hosts.network.mend();
     for client in &clients {
         assert_eq!(client.answer(PATIENCE).as_deref(), Some("error ESHUTDOWN"), "nothing was acknowledged");
     }

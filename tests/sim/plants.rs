@@ -14,7 +14,6 @@ pub enum Plant {
     FenceBehindTelling,
     ReleasedBeforeRecord,
     NoGuard,
-    ThawAfterLease,
     JournalWithoutSync,
     TornRecordKept,
     TornRecordTaken,
@@ -42,7 +41,7 @@ pub enum Plant {
 
 impl Plant {
     /// Each of them.
-    pub const ALL: [Plant; 33] = [
+    pub const ALL: [Plant; 32] = [
         Plant::LeaseFromAnswer,
         Plant::SilenceIsEnough,
         Plant::TellBeforeRecord,
@@ -52,7 +51,6 @@ impl Plant {
         Plant::FenceBehindTelling,
         Plant::ReleasedBeforeRecord,
         Plant::NoGuard,
-        Plant::ThawAfterLease,
         Plant::JournalWithoutSync,
         Plant::TornRecordKept,
         Plant::TornRecordTaken,
@@ -90,7 +88,6 @@ impl Plant {
             Plant::FenceBehindTelling => "a fence waits until the source has answered that it was released",
             Plant::ReleasedBeforeRecord => "the destination hears of its release before that is recorded",
             Plant::NoGuard => "no guard freezes the container while the destination's node stands still",
-            Plant::ThawAfterLease => "a thaw that was begun in time ends after the lease",
             Plant::JournalWithoutSync => "a record counts as durable once it was written, without a sync",
             Plant::TornRecordKept => {
                 "a record that was cut short stays where it is, and the next one is written behind it"

@@ -224,6 +224,8 @@ impl World {
                     machine.beat(now, epoch, beat, phase)
                 };
                 self.reply(&envelope, Reply::Beat(answer));
+                // A destination that has given the disk up makes this side take it.
+                self.source_effects();
             }
             Body::Complete(_) if !ours => self.reply(&envelope, Reply::No),
             Body::Complete(_) if machine.is_busy() => self.reply(&envelope, Reply::Busy),

@@ -260,7 +260,6 @@ impl World {
             DestinationEffect::ThawContainer => {
                 // The node may have stood still in the middle of it: then the guard has frozen the container again.
                 let over = self.b.guard.is_some_and(|end| self.clock(B) >= end);
-                let over = over && self.plant != Some(Plant::ThawAfterLease);
                 let host = &mut self.hosts[B];
                 if over {
                     self.b.guard_froze = host.frozen;

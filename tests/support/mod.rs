@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "each test crate uses its part of it")]
 
+pub mod network;
+
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -214,7 +216,16 @@ pub struct Background(Child);
 impl Background {
     /// Starts it; `package` is what Debian calls its package.
     pub fn start(program: &str, package: &str, arguments: &[&str]) -> Background {
-        let child = Command::new(program).args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).spawn();
+        Background::spawn(program, package, Command::new(program).args(arguments))
+    }
+
+    /// The same without its complaints: for one that is meant to fail.
+    pub fn start_quietly(program: &str, package: &str, arguments: &[&str]) -> Background {
+        Background::spawn(program, package, Command::new(program).args(arguments).stderr(Stdio::null()))
+    }
+
+    fn spawn(program: &str, package: &str, command: &mut Command) -> Background {
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
         Background(
             child.unwrap_or_else(|error| panic!("cannot run {program} ({error}); install the package {package}")),
         )

@@ -81,8 +81,7 @@ impl Run {
     async fn all(&self, ask: &MigrateAsk, found: &Found) -> Outcome<MigrateReport> {
         let before = async {
             let probe = self.world.hold.images().with_extension("probe");
-            let (prepared, probed) =
-                tokio::join!(self.world.source.command(SourceEvent::Prepare), found.runtime.probe(probe));
+            let (prepared, probed) = tokio::join!(self.world.source.prepare(), found.runtime.probe(probe));
             prepared.map_err(|failure| failure.context(format!("{} is not prepared", ask.to)))?;
             probed.map_err(|error| Failure::failed(chain(&error)))?;
             self.tell(MigrateEvent::Prepared { at_ms: self.at_ms() });

@@ -22,6 +22,8 @@ use crate::units::{BootTime, Epoch};
 
 /// How long the destination may take to make the export and connect back.
 const PREPARE_TIME: Duration = Duration::from_secs(60);
+/// How long the first beat of a prepared destination is waited for.
+const FIRST_BEAT_TIME: Duration = Duration::from_secs(15);
 /// How long one telling of the handover waits for its answer.
 const TELL_TIME: Duration = Duration::from_secs(3);
 /// How long a cancel tries to reach the destination; it finds out by its next beat otherwise.
@@ -123,6 +125,25 @@ impl SourceHandle {
         let (reply, answer) = oneshot::channel();
         self.commands.send(Command::Do(event, reply)).await.map_err(|_| driver_gone())?;
         answer.await.map_err(|_| driver_gone())?.map_err(denied)
+    }
+
+    /// Prepares the destination, and waits until it beats: before that a handover would be refused.
+    pub async fn prepare(&self) -> Outcome<()> {
+        self.command(SourceEvent::Prepare).await?;
+        self.first_beat().await
+    }
+
+    /// Waits until the destination was heard, if it is prepared.
+    pub async fn first_beat(&self) -> Outcome<()> {
+        let mut view = self.watch();
+        let heard = view.wait_for(|view| view.heard_at.is_some() || view.record.phase != SourcePhase::Preparing);
+        match tokio::time::timeout(FIRST_BEAT_TIME, heard).await {
+            Ok(heard) => heard.map(drop).map_err(|_| driver_gone()),
+            Err(_) => Err(Failure::unreachable(format!(
+                "it is prepared, but no heartbeat of it arrived here within {} s; check the link, then prepare it again",
+                FIRST_BEAT_TIME.as_secs()
+            ))),
+        }
     }
 
     /// A beat from the destination.

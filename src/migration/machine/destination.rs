@@ -106,6 +106,8 @@ pub struct DestinationMachine {
     verified: bool,
     verify_at: BootTime,
     telling: bool,
+    /// A discarded disk is known to be so at the source.
+    source_knows: bool,
     /// The last granting answer.
     grant: Grant,
     /// The container runs here, or would if it were not frozen.
@@ -137,6 +139,7 @@ impl DestinationMachine {
             verified: false,
             verify_at: BootTime::default(),
             telling: false,
+            source_knows: false,
             grant: Grant::default(),
             runs: false,
             starving: false,
@@ -179,7 +182,12 @@ impl DestinationMachine {
 
     /// Whether beats are to be sent.
     pub fn beats(&self) -> bool {
-        matches!(self.record.phase, DestinationPhase::Ready | DestinationPhase::Active | DestinationPhase::Fenced)
+        match self.record.phase {
+            DestinationPhase::Ready | DestinationPhase::Active | DestinationPhase::Fenced => true,
+            // Until the source knows: its asking may have been answered in vain.
+            DestinationPhase::Discarded => self.record.owned && !self.source_knows,
+            DestinationPhase::Preparing | DestinationPhase::Complete => false,
+        }
     }
 
     /// The number for the beat that is sent now.
@@ -311,8 +319,13 @@ impl DestinationMachine {
             }
             // The source has recorded its release and says so again with every beat: this is tried again.
             DestinationPhase::Complete => self.record.phase = self.before_complete,
+            // Recorded or not, nothing runs here without a grant that is still to come: a node that starts again with the
+            // older record asks for one first. So the source may have its disk back, although this host's own is broken.
             DestinationPhase::Discarded => {
-                self.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
+                self.effects.push_back(DestinationEffect::Close);
+                self.answer(Ok(()));
+                self.effects.push_back(DestinationEffect::TearDown);
+                return;
             }
             _ => {}
         }
@@ -339,6 +352,7 @@ impl DestinationMachine {
             // An answer that lay on the link for longer than a lease may have been thought better of.
             BeatAnswer::GiveBack if !self.lease.is_fresh(now, beat) => {}
             BeatAnswer::GiveBack | BeatAnswer::RolledBack => {
+                self.source_knows |= answer == BeatAnswer::RolledBack;
                 if self.record.phase.step(DestinationStep::Discard).is_ok() {
                     self.discard();
                     self.effects.push_back(DestinationEffect::TearDown);

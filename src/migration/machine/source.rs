@@ -254,6 +254,10 @@ impl SourceMachine {
             SourcePhase::HandedOver if self.wants_back() || theirs == DestinationPhase::Discarded => {
                 self.last_beat = Some(beat);
                 self.note_asked_back(now);
+                if theirs == DestinationPhase::Discarded && !self.unrecorded && !self.is_busy() && !self.rolling_back {
+                    // Its answer to an earlier asking was lost, and nobody else will have the disk.
+                    self.take_back();
+                }
                 BeatAnswer::GiveBack
             }
             SourcePhase::HandedOver => {
@@ -452,7 +456,8 @@ impl SourceMachine {
         };
         self.rolling_back = true;
         self.note_asked_back(now);
-        let within = if self.unsafe_for(now).is_zero() { TELL_WHEN_SAFE } else { TELL_WHEN_UNSAFE };
+        // Whoever does not answer is not waited for much longer than for the lease's end.
+        let within = TELL_WHEN_UNSAFE.min(self.unsafe_for(now) + TELL_WHEN_SAFE);
         self.effects.push_back(SourceEffect::TellDiscard { within, beat });
     }
 

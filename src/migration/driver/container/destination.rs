@@ -7,7 +7,8 @@ use std::time::Instant;
 
 use super::guarded::Guarded;
 use super::{
-    MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, check_rootfs, failed, id, known_type, open_network, remove_tree, source_owner,
+    MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, check_rootfs, failed, id, known_type, open_network, remove_file, remove_tree,
+    source_owner,
 };
 use crate::clock;
 use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec};
@@ -47,6 +48,11 @@ impl Places {
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
     }
+
+    /// The file that says that a container was restored from them.
+    fn used(&self) -> PathBuf {
+        self.state.join("images.used")
+    }
 }
 
 impl DestinationHold {
@@ -82,6 +88,7 @@ impl DestinationHold {
             )));
         }
         remove_tree(&self.places.images()).await?;
+        remove_file(&self.places.used()).await?;
         runtime.probe(self.places.state.join("probe")).await.map_err(|error| failed(&error))?;
         if let Some(drop) = self.net_drop()? {
             drop.install().await.map_err(|error| failed(&error))?;
@@ -102,6 +109,26 @@ impl DestinationHold {
         self.start(container, None).await?;
         tracing::info!(disk = self.disk, container = container.id, "started anew from its disk");
         Ok(())
+    }
+
+    /// From here on the memory in the images may be older than the disk, whatever becomes of this host: they are used once.
+    async fn use_images(&self) -> Outcome<()> {
+        let used = self.places.used();
+        if used.exists() {
+            return Err(Failure::refused(
+                "the checkpoint was used here before, and what ran from it may have written to the disk since: it cannot be \
+                 used again",
+            ));
+        }
+        tokio::task::spawn_blocking(move || {
+            crate::files::write_atomically(
+                &used,
+                b"a container was restored from the images; they are not used again\n",
+            )
+            .map_err(|error| Failure::failed(format!("cannot write {}: {error}", used.display())))
+        })
+        .await
+        .map_err(|error| Failure::failed(format!("cannot use the checkpoint: {error}")))?
     }
 
     /// From its images, or anew.
@@ -135,6 +162,9 @@ impl DestinationHold {
             tcp_established: container.tcp_established,
             limit: RESTORE_LIMIT,
         };
+        if spec.image_dir.is_some() {
+            self.use_images().await?;
+        }
         // Before there is anything to guard: a task that runs for a moment only must be stopped as well.
         self.guard.begin(&spec.cgroup).await?;
         runtime.restore(&id, spec).await.map_err(|error| failed(&error))?;
@@ -149,19 +179,23 @@ impl DestinationHold {
         Ok(())
     }
 
-    /// Whether the container has outlived this host's node.
-    pub async fn is_running(&self) -> bool {
+    /// Whether the container has outlived this host's node. The runtime is not asked: it takes its time while tasks wait
+    /// for their disk. A restore that was under way does not count; the source asks for it again.
+    pub fn outlived(&self) -> bool {
         let Some(container) = &self.container else { return false };
-        let (Ok(runtime), Ok(id)) = (self.runtimes.find(&container.runtime), id(&container.id)) else { return false };
-        let runs = runtime.inspect(&id).await.is_ok_and(|found| found.pid.is_some());
-        self.open.fetch_or(runs && !self.has_images(), Ordering::SeqCst);
-        if runs
-            && let Ok(cgroup) = self.cgroup(&id)
-            && let Err(failure) = self.guard.begin(&cgroup).await
-        {
+        let group = id(&container.id).and_then(|id| self.cgroup(&id));
+        let lives = group.is_ok_and(|group| group.is_populated().unwrap_or(false)) && !self.has_images();
+        self.open.store(lives, Ordering::SeqCst);
+        lives
+    }
+
+    /// A guard for the container that outlived the node.
+    pub async fn guard_again(&self) {
+        let Some(container) = &self.container else { return };
+        let Ok(cgroup) = id(&container.id).and_then(|id| self.cgroup(&id)) else { return };
+        if let Err(failure) = self.guard.begin(&cgroup).await {
             tracing::error!(disk = self.disk, %failure, "the container is not guarded");
         }
-        runs
     }
 
     /// Until when the container may run, for its guard; `None`: without end.
@@ -218,27 +252,32 @@ impl DestinationHold {
 
     /// Container, mount, device and network rule go; what was written stays in the store.
     pub async fn tear_down(&self) -> Outcome<()> {
-        let mut outcome = Ok(());
+        // The tasks first, whatever they wait for; then what they wait for, for what was not written is given up with the
+        // disk. So they are gone when the runtime looks.
+        let killed = self.container.as_ref().map_or(Ok(()), |container| {
+            let group = id(&container.id).and_then(|id| self.cgroup(&id))?;
+            group.kill().map_err(|error| failed(&error))
+        });
+        let mounts = self.device.device().map_or(Ok(Vec::new()), |device| mounts_of(&device));
+        let mut outcome = killed.and(self.device.abandon().await);
         if let Some(container) = &self.container {
-            let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
-            outcome = runtime.kill_and_delete(&id).await.map_err(|error| failed(&error));
-            if outcome.is_ok() {
-                self.guard.end();
-            }
-            if let Some(drop) = self.net_drop()? {
-                outcome = outcome.and(drop.remove().await.map_err(|error| failed(&error)));
-            }
+            outcome = outcome.and(self.remove_container(container).await);
         }
-        // What was not written is given up with the disk; a device that still wants to write must not hang.
-        let mounts = match self.device.device() {
-            Some(device) => mounts_of(&device).map_err(|error| failed(&error))?,
-            None => Vec::new(),
-        };
-        outcome = outcome.and(self.device.abandon().await);
-        for mount in mounts {
+        for mount in mounts.map_err(|error| failed(&error))? {
             outcome = outcome.and(mount::umount(&mount, MOUNT_LIMIT).await.map_err(|error| failed(&error)));
         }
-        outcome.and(remove_tree(&self.places.images()).await)
+        outcome = outcome.and(remove_tree(&self.places.images()).await);
+        outcome.and(remove_file(&self.places.used()).await)
+    }
+
+    async fn remove_container(&self, container: &DestinationContainer) -> Outcome<()> {
+        let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
+        runtime.kill_and_delete(&id).await.map_err(|error| failed(&error))?;
+        self.guard.end();
+        match self.net_drop()? {
+            Some(drop) => drop.remove().await.map_err(|error| failed(&error)),
+            None => Ok(()),
+        }
     }
 
     /// Nobody is asked: a restore makes the container in this group or not at all, and a lease does not wait.

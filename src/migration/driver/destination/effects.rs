@@ -32,7 +32,11 @@ pub(super) fn perform(
             }
             DestinationEffect::Open => set_gate(&world, GateMode::Open).await,
             DestinationEffect::Hold => set_gate(&world, GateMode::Held).await,
-            DestinationEffect::Close => set_gate(&world, GateMode::Closed).await,
+            DestinationEffect::Close => {
+                // What would still come is no part of this disk any more.
+                world.export.set_background(false);
+                set_gate(&world, GateMode::Closed).await;
+            }
             DestinationEffect::StartPull => world.export.set_background(true),
             DestinationEffect::FreezeContainer => world.hold.freeze().await,
             DestinationEffect::ThawContainer => world.hold.thaw().await,

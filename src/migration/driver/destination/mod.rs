@@ -31,6 +31,10 @@ use crate::units::BootTime;
 const MIN_LOOK: Duration = Duration::from_millis(20);
 const MAX_LOOK: Duration = Duration::from_secs(1);
 
+/// How often what is discarded is tried to be removed before that is left to the node's next start, and how long between.
+const TEAR_DOWN_TRIES: u32 = 5;
+const TEAR_DOWN_PAUSE: Duration = Duration::from_secs(2);
+
 type BeatResult = (Beat, Result<BeatAnswer, String>);
 
 struct Driver {
@@ -43,8 +47,6 @@ struct Driver {
     telling: Option<BoxFuture<'static, DestinationEvent>>,
     verifying: Option<BoxFuture<'static, DestinationEvent>>,
     verifier: Arc<Verifier>,
-    /// After a restart: whether the container has outlived the node.
-    looking: Option<BoxFuture<'static, bool>>,
     guarding: Option<BoxFuture<'static, bool>>,
     waiting: Option<oneshot::Sender<Result<(), Denied>>>,
     resume_waiting: Vec<oneshot::Sender<Outcome<()>>>,
@@ -73,7 +75,6 @@ impl Driver {
             telling: None,
             verifying: None,
             verifier: Arc::default(),
-            looking: None,
             guarding: None,
             waiting: None,
             resume_waiting: Vec::new(),
@@ -95,8 +96,13 @@ impl Driver {
         let mut told_durable = false;
         if self.machine.record().owned {
             // The node was restarted, perhaps under a container that lives.
+            self.resumed = self.world.hold.outlived();
+            self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
             let hold = self.world.hold.clone();
-            self.looking = Some(Box::pin(async move { hold.is_running().await }));
+            self.guarding = Some(Box::pin(async move {
+                hold.guard_again().await;
+                false
+            }));
         }
         loop {
             self.look_for_starvation();
@@ -141,15 +147,6 @@ impl Driver {
                     for reply in self.resume_waiting.drain(..) {
                         let _ = reply.send(outcome.clone());
                     }
-                }
-                runs = pending(&mut self.looking) => {
-                    self.looking = None;
-                    self.resumed |= runs;
-                    // A lease that was renewed before this was known has not begun it.
-                    if runs && self.machine.record().phase == DestinationPhase::Active {
-                        self.world.export.set_background(true);
-                    }
-                    self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
                 }
                 frozen = pending(&mut self.guarding) => {
                     self.guarding = None;
@@ -262,8 +259,10 @@ impl Driver {
                             let _ = reply.send(outcome.clone());
                         }
                     }
-                    if let Err(failure) = hold.tear_down().await {
-                        tracing::error!(%failure, "what is left of the discarded migration could not be removed");
+                    for left in (0..TEAR_DOWN_TRIES).rev() {
+                        let Err(failure) = hold.tear_down().await else { break };
+                        tracing::error!(%failure, left, "what is left of the discarded migration could not be removed");
+                        tokio::time::sleep(TEAR_DOWN_PAUSE.min(TEAR_DOWN_PAUSE * left)).await;
                     }
                     DestinationEvent::Done
                 }));
@@ -314,7 +313,7 @@ impl Driver {
             _ if record.container.is_none() => ContainerState::None,
             DestinationPhase::Discarded => ContainerState::None,
             DestinationPhase::Preparing | DestinationPhase::Ready => ContainerState::Awaited,
-            _ if !self.resumed && (self.looking.is_some() || self.world.hold.has_images()) => ContainerState::Awaited,
+            _ if !self.resumed && self.world.hold.has_images() => ContainerState::Awaited,
             _ if !self.resumed => ContainerState::Gone,
             DestinationPhase::Fenced => ContainerState::Frozen,
             _ if self.starving => ContainerState::Starved,

@@ -169,7 +169,10 @@ fn a_source_that_wants_the_disk_back_gets_it() {
     for answer in [BeatAnswer::GiveBack, BeatAnswer::RolledBack] {
         let mut host = Host::active();
         assert_eq!(host.answered(answer), given_up);
-        assert!(!host.may_write() && !host.machine.beats());
+        assert!(!host.may_write());
+        assert_eq!(host.machine.beats(), answer == BeatAnswer::GiveBack, "until the source knows");
+        assert_eq!(host.answered(BeatAnswer::RolledBack), [""; 0]);
+        assert!(!host.machine.beats());
         assert_eq!(host.does(DestinationEvent::Discard { epoch: EPOCH, beat: None }), ["done"]);
         assert_eq!(host.activate(), ["refused"], "never again");
     }
@@ -278,13 +281,13 @@ fn a_record_that_cannot_be_written_stops_what_it_stands_for() {
     let beat = host.machine.send_beat(host.now);
     let given_up = ["journal active", "close", "failed"];
     assert_eq!(host.fails(DestinationEvent::Activate { epoch: EPOCH, beat }), given_up);
-    assert!(!host.may_write() && !host.machine.beats());
+    assert!(!host.may_write() && host.machine.beats(), "the source hears of it");
 
     let mut host = Host::active();
-    let stopped = ["freeze", "hold", "journal discarded", "close", "tear down", "failed"];
+    let stopped = ["freeze", "hold", "journal discarded", "close", "done", "tear down"];
     let discard = host.discard();
-    assert_eq!(host.fails(discard), stopped, "it stands still all the same");
-    assert!(!host.may_write());
+    assert_eq!(host.fails(discard), stopped, "it stands still all the same, and says so");
+    assert!(!host.may_write() && host.machine.beats(), "the source hears of it");
 
     let mut host = Host::active();
     assert_eq!(

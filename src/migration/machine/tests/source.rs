@@ -324,6 +324,23 @@ fn nobody_is_asked_back_who_was_not_heard_since_the_restart() {
 }
 
 #[test]
+fn a_disk_that_the_destination_has_given_up_is_taken_back() {
+    let rolled_back = ["journal rolled-back 2", "unseal", "thaw", "journal serving 2"];
+    let mut host = Host::told();
+    host.does(rollback(false));
+    host.does(SourceEvent::PeerDiscard(silence()));
+    assert_eq!(host.beats(4, DestinationPhase::Discarded), BeatAnswer::GiveBack, "not recorded yet");
+    assert_eq!(host.effects(true), rolled_back);
+    assert_eq!(host.beats(5, DestinationPhase::Discarded), BeatAnswer::RolledBack);
+    // While it is being asked, the answer to that counts.
+    let mut host = Host::told();
+    host.does(rollback(false));
+    host.beats(4, DestinationPhase::Discarded);
+    assert_eq!(host.effects(true), [""; 0]);
+    assert_eq!(host.does(SourceEvent::PeerDiscard(PeerWord::Yes))[..4], rolled_back);
+}
+
+#[test]
 fn nothing_is_released_while_the_disk_is_wanted_back() {
     // Nobody was told yet, but the next beat will be.
     let mut host = Host::recovered(SourcePhase::HandedOver);
