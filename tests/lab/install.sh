@@ -10,7 +10,7 @@ set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
 
 packages=(
-  nbdkit libnbd-bin python3-libnbd qemu-utils nbd-client fio  # peers that speak NBD
+  nbdkit libnbd-bin python3-libnbd qemu-utils nbd-client nbd-server fio  # peers that speak NBD
   runc criu busybox-static gcc libc6-dev                      # containers, and what runs inside them
   nftables iproute2 util-linux e2fsprogs fuse3 kmod mount     # namespaces, cut links, filesystems
   procps curl jq cpio python3 ca-certificates                 # the scripts themselves
