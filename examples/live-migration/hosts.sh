@@ -7,8 +7,8 @@
 prefix=lm-example
 declare -A node_pid=()
 client_pid=''
-# More options for both nodes.
-serve_options=()
+# More options for both nodes, and how fast the link towards B is (as tc says it; without it, as fast as it can).
+serve_options=() link_rate=''
 
 say() {
   local ms=$((($(date +%s%N) - start) / 1000000))
@@ -150,6 +150,8 @@ set_the_stage() {
   local device
   say "two hosts as network namespaces, with one wire"
   make_network
+  [ -z "$link_rate" ] ||
+    tc -n "$prefix-wire" qdisc add dev hostb root tbf rate "$link_rate" burst 64kb latency 100ms
   start_node a
   start_node b
 

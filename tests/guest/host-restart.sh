@@ -4,7 +4,7 @@
 # tests/run: timeout=600 memory=3072 disk=8
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
-mib=${EXAMPLE_MIB:-240} fail_link=1
+mib=${EXAMPLE_MIB:-60} link_rate=${EXAMPLE_RATE:-16mbit} fail_link=1
 set_the_stage
 
 # host_dies HOST: no process, mount, device, namespace rule or runtime state of it is left; its disks are. Nothing is flushed

@@ -4,7 +4,7 @@
 # tests/run: timeout=600 memory=3072 disk=8
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
-mib=${EXAMPLE_MIB:-240}
+mib=${EXAMPLE_MIB:-60} link_rate=${EXAMPLE_RATE:-16mbit}
 serve_options=(--starve-after 500ms --lease 60s)
 set_the_stage
 in_background hosta "$programs/lazy-migrate" --control "$work/a/control.sock" "${migrate[@]}" >"$work/migrate.json" 2>"$work/timeline" &

@@ -4,7 +4,7 @@
 # tests/run: timeout=600 memory=3072 disk=8
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
-mib=${EXAMPLE_MIB:-240}
+mib=${EXAMPLE_MIB:-60} link_rate=${EXAMPLE_RATE:-16mbit}
 set_the_stage
 phase() { on "$1" status web --json | jq -r .phase; }
 export LAZY_MIGRATE=$programs/lazy-migrate
@@ -40,7 +40,7 @@ migrating=$!
 wait_until 120 "the container was not resumed on B" resumed "$migrating"
 say "B's node is upgraded while the disk arrives"
 upgrade b
-[ "$(phase a)" = handed-over ] || fail "A is $(phase a): all was pulled before B could be upgraded; a larger EXAMPLE_MIB than $mib helps"
+[ "$(phase a)" = handed-over ] || fail "A is $(phase a): all was pulled before B could be upgraded; a lower EXAMPLE_RATE than $link_rate helps"
 say "and A's, which it arrives from"
 upgrade a
 wait "$migrating" && fail "the command says that all is well, but its node was restarted"
