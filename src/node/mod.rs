@@ -36,6 +36,7 @@ use crate::device::{DeviceSlot, Via};
 use crate::error::{Failure, Outcome, chain};
 use crate::export::{ExportConfig, ExportError, LazyExport};
 use crate::migration::journal::Journal;
+use crate::migration::phase::DestinationPhase;
 use crate::migration::record::Record;
 use crate::units::BlockSize;
 use crate::upstream::{Upstream, UpstreamError};
@@ -230,6 +231,12 @@ impl Node {
             && let Some(container) = source.view().record.container
         {
             hold.open_network(&container).await?;
+        }
+        if let Role::Destination(destination) = disk.role() {
+            let record = destination.view().record;
+            if record.phase == DestinationPhase::Discarded {
+                self.destination_hold(&disk, &record).open_network().await?;
+            }
         }
         self.forget(&disk).await
     }

@@ -51,11 +51,13 @@ left_on_b() {
   grep -o " $work/b/[^ ]*" /proc/self/mountinfo
   grep -l "$work/b/" /sys/block/nbd*/backend 2>/dev/null
   find /sys/fs/cgroup -maxdepth 1 -name 'lazy-migrate-*'
-  inside cb nft list chains | grep -E 'lazy_migrate|CRIU'
+  inside cb nft list chains | grep CRIU
+  # A container that ran there stays silent there until its disk is removed.
+  [ "$(on b status web --json 2>/dev/null | jq -r .phase)" = discarded ] || inside cb nft list chains | grep lazy_migrate
   find "$work/b/state/disks" -mindepth 1 -maxdepth 1 ! -name web
   [ ! -e "$work/b/state/disks/web" ] || [ "$(on b status web --json 2>/dev/null | jq -r .phase)" = discarded ] ||
     find "$work/b/state/disks/web"
-  find "$work/b/state/disks" -path '*/web/images*'
+  find "$work/b/state/disks" -path '*/web/images*' ! -name images.used
   pgrep -a criu
   true
 }

@@ -252,6 +252,9 @@ impl DestinationHold {
 
     /// Container, mount, device and network rule go; what was written stays in the store.
     pub async fn tear_down(&self) -> Outcome<()> {
+        if self.places.used().exists() {
+            self.silence().await;
+        }
         // The tasks first, whatever they wait for; then what they wait for, for what was not written is given up with the
         // disk. So they are gone when the runtime looks.
         let killed = self.container.as_ref().map_or(Ok(()), |container| {
@@ -266,18 +269,32 @@ impl DestinationHold {
         for mount in mounts.map_err(|error| failed(&error))? {
             outcome = outcome.and(mount::umount(&mount, MOUNT_LIMIT).await.map_err(|error| failed(&error)));
         }
-        outcome = outcome.and(remove_tree(&self.places.images()).await);
-        outcome.and(remove_file(&self.places.used()).await)
+        outcome.and(remove_tree(&self.places.images()).await)
+    }
+
+    /// A container that ran here has gone to where it came from, with its address: nothing here may still speak for that, not
+    /// even the sockets of tasks that are killed. So its packets stay dropped until the disk is removed or comes again.
+    async fn silence(&self) {
+        self.network("close", async |drop| {
+            drop.install().await?;
+            drop.end_connections().await
+        })
+        .await;
+    }
+
+    /// The network of a container that has gone is open again: the operator forgets the disk.
+    pub async fn open_network(&self) -> Outcome<()> {
+        match self.net_drop()? {
+            Some(drop) if drop.netns().exists() => drop.remove().await.map_err(|error| failed(&error)),
+            _ => Ok(()),
+        }
     }
 
     async fn remove_container(&self, container: &DestinationContainer) -> Outcome<()> {
         let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
         runtime.kill_and_delete(&id).await.map_err(|error| failed(&error))?;
         self.guard.end();
-        match self.net_drop()? {
-            Some(drop) => drop.remove().await.map_err(|error| failed(&error)),
-            None => Ok(()),
-        }
+        if self.places.used().exists() { Ok(()) } else { self.open_network().await }
     }
 
     /// Nobody is asked: a restore makes the container in this group or not at all, and a lease does not wait.
