@@ -50,7 +50,7 @@ left_on_b() {
   find "$work/b/runc-state" -mindepth 1 2>/dev/null
   grep -o " $work/b/[^ ]*" /proc/self/mountinfo
   grep -l "$work/b/" /sys/block/nbd*/backend 2>/dev/null
-  find /sys/fs/cgroup -maxdepth 1 -name 'lazy-migrate-*'
+  find /sys/fs/cgroup -maxdepth 1 -name 'lazy-migrate-*' ! -name '*-back' # which is A's
   inside cb nft list chains | grep CRIU
   # A container that ran there stays silent there until its disk is removed.
   [ "$(on b status web --json 2>/dev/null | jq -r .phase)" = discarded ] || inside cb nft list chains | grep lazy_migrate
