@@ -116,7 +116,7 @@ impl Run {
         let hold = &self.world.hold;
         // Before the pause: it costs round trips.
         let stream = self.dial().await?;
-        hold.hold(found);
+        hold.hold(found).await?;
         self.world.source.command(SourceEvent::Freezing(record.clone())).await?;
         let frozen_at = Instant::now();
         hold.freeze(&**runtime, id).await?;

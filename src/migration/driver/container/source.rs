@@ -89,10 +89,13 @@ impl SourceHold {
         Ok(Found { runtime, id, cgroup, record })
     }
 
-    /// From now on a thaw or a release is about this container.
-    pub fn hold(&self, found: &Found) {
+    /// From now on a thaw or a release is about this container, and nothing of an earlier checkpoint is left that could be
+    /// taken for the one to come.
+    pub async fn hold(&self, found: &Found) -> Outcome<()> {
+        self.remove_images().await?;
         *lock(&self.container) = Some(found.record.clone());
         *lock(&self.cgroup) = Some(found.cgroup.clone());
+        Ok(())
     }
 
     /// Packets dropped, then all tasks stopped.

@@ -324,7 +324,8 @@ impl Driver {
     /// A read that waits longer than the operator wants stops the container, before its file system sees anything.
     fn look_for_starvation(&mut self) {
         let Some(limit) = self.world.starve_after else { return };
-        let starving = self.world.export.longest_wait().is_some_and(|wait| wait >= limit);
+        // A restore that reads is let read.
+        let starving = self.resumed && self.world.export.longest_wait().is_some_and(|wait| wait >= limit);
         if starving != self.starving {
             tracing::warn!(disk = self.world.disk, starving, "the container's reads wait for the source");
             self.starving = starving;
