@@ -19,7 +19,8 @@ host_dies() {
   done
   for name in $("$work/$host/runc" list -q); do
     pid=$("$work/$host/runc" state "$name" | jq .pid)
-    echo 1 >"/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.kill"
+    # It may have died of its dead disk.
+    [ "$pid" = 0 ] || echo 1 >"/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.kill"
     "$work/$host/runc" delete -f "$name" >/dev/null 2>&1 || true
   done
   # A frozen filesystem would keep its device.
