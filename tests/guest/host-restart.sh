@@ -69,7 +69,7 @@ wait_until 30 "B says that its container is $(container)" is_gone
 wait_until 30 "B's disk does not come back" is_phase b active
 is_phase a handed-over || fail "A was released although nobody has the container's memory"
 [ -z "$("$work/b/runc" list -q)" ] || fail "B started something by itself"
-refused 3 'came to this host' on a cold-start web
+refused 3 'did not come to this host' on a cold-start web
 on b cold-start web >&2 || fail "it could not be started"
 goes_on "$log_b"
 check_log "$log_b" || fail "B's log has a gap"
