@@ -46,7 +46,7 @@ pub fn server_session(data: &[u8]) {
                     };
                     entered = Some((Requests::new(granted.framing), rules));
                 }
-                Ok(Step::Aborted) | Err(_) => return,
+                Ok(Step::Aborted | Step::StartTls) | Err(_) => return,
             }
         }
         assert!(out.len() <= HEAD + ANSWER * (1 + data.len()), "{} bytes of answers", out.len());
@@ -75,7 +75,7 @@ pub fn client_session(data: &[u8]) {
     let framing = framing(*wish);
     let goal = [Goal::Transmission, Goal::Info, Goal::List][usize::from(wish / 4 % 3)];
     let contexts = vec!["base:allocation".to_owned()];
-    let mut negotiation = Negotiation::new(Plan { goal, export: "disk".into(), framing, contexts });
+    let mut negotiation = Negotiation::new(Plan { goal, export: "disk".into(), framing, contexts, tls: false });
     let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
     for (index, piece) in data.chunks(usize::from(*step) + 1).enumerate() {
         input.extend_from_slice(piece);

@@ -53,7 +53,8 @@ fn carry(from: &mut BytesMut, to: &mut BytesMut, random: &mut StdRng) {
 fn negotiate(framing: Framing, random: &mut StdRng) -> (Negotiated, Entered) {
     let exports = SingleExport::new("disk", Arc::new(MemoryDisk::zeroed(SIZE)));
     let contexts = vec!["base:allocation".to_owned()];
-    let mut client = Negotiation::new(Plan { goal: Goal::Transmission, export: "disk".into(), framing, contexts });
+    let mut client =
+        Negotiation::new(Plan { goal: Goal::Transmission, export: "disk".into(), framing, contexts, tls: false });
     let (mut to_client, mut client_input) = (BytesMut::new(), BytesMut::new());
     let (mut to_server, mut server_input) = (BytesMut::new(), BytesMut::new());
     let mut server = Handshake::new(&mut to_client);

@@ -21,6 +21,7 @@ use self::reconnect::{Dial, Redial};
 use crate::export::{Extent, ZeroMode};
 use crate::limits::{CLIENT_LONGEST_PIECE, CLIENT_PIECES_IN_FLIGHT, CLIENT_QUEUE, MAX_PAYLOAD};
 use crate::proto::client::{Operation, Reply, Session};
+use crate::tls::MaybeTls;
 use crate::uri::NbdUri;
 use crate::wire::{Command, Framing, TransmissionFlags};
 
@@ -63,12 +64,11 @@ impl Client {
     /// Connects to a server and enters the transmission phase of an export.
     ///
     /// # Errors
-    /// [`ClientError`]: nobody there, not an NBD server, no such export, TLS asked for, or out of time. The first
-    /// connection is tried once, also where [`ConnectOptions::reconnect`] is set.
+    /// [`ClientError`]: nobody there, not an NBD server, no such export, TLS asked for by one side and not by the other,
+    /// certificates that do not fit, or out of time. The first connection is tried once, also where
+    /// [`ConnectOptions::reconnect`] is set.
     pub async fn connect(uri: &NbdUri, options: &ConnectOptions) -> Result<Client, ClientError> {
-        if uri.tls {
-            return Err(ClientError::Tls);
-        }
+        let options = &options.for_uri(uri)?;
         let (address, time) = (uri.address.clone(), options.time);
         let dial = move || {
             let address = address.clone();
@@ -88,12 +88,11 @@ impl Client {
         F: Future<Output = Result<S, ClientError>> + Send + 'static,
     {
         let (name, wishes) = (export.to_owned(), options.clone());
-        let mut dial: Dial<S> = Box::new(move || {
+        let mut dial: Dial<MaybeTls<S>> = Box::new(move || {
             let (dialling, name, wishes) = (dial(), name.clone(), wishes.clone());
             Box::pin(async move {
-                let mut stream = dialling.await?;
-                let negotiated = connect::enter(&mut stream, &name, &wishes).await?;
-                Ok((stream, negotiated))
+                let stream = dialling.await?;
+                connect::enter(stream, &name, &wishes).await
             })
         });
         let (stream, info) = dial().await?;
@@ -106,11 +105,11 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`]: the stream failed, not an NBD server, no such export, or out of time.
-    pub async fn handshake<S>(mut stream: S, export: &str, options: &ConnectOptions) -> Result<Client, ClientError>
+    pub async fn handshake<S>(stream: S, export: &str, options: &ConnectOptions) -> Result<Client, ClientError>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let info = connect::enter(&mut stream, export, options).await?;
+        let (stream, info) = connect::enter(stream, export, options).await?;
         Ok(Client::start(stream, info, None))
     }
 

@@ -1,6 +1,6 @@
 //! The client's handshake.
 //!
-//! The order is: greeting, EXTENDED_HEADERS (or STRUCTURED_REPLY where the server has them not), SET_META_CONTEXT, then
+//! The order is: greeting, STARTTLS where TLS is wanted, EXTENDED_HEADERS (or STRUCTURED_REPLY where the server has them not), SET_META_CONTEXT, then
 //! GO, INFO or LIST. Each step that the server does not know is passed over; a server without GO is asked with
 //! EXPORT_NAME. Nothing is sent before the answer to the last
 //! option is here, so that no byte of the transmission phase can arrive while this runs.
@@ -37,6 +37,8 @@ pub struct Plan {
     pub framing: Framing,
     /// The meta contexts to ask for.
     pub contexts: Vec<String>,
+    /// Begin TLS before anything else, and leave a server that refuses it.
+    pub tls: bool,
 }
 
 /// What a server granted.
@@ -69,6 +71,8 @@ pub enum Outcome {
     Export(Negotiated),
     /// The server's exports.
     List(Vec<ServerEntry>),
+    /// The stream is to be encrypted now; then the negotiation goes on with [`Negotiation::tls_started`].
+    StartTls,
 }
 
 /// Why a negotiation failed. The connection is of no more use.
@@ -92,8 +96,21 @@ pub enum NegotiationError {
         message: String,
     },
     /// TLS is asked for.
-    #[error("the server wants TLS{}", said(.0))]
+    #[error("the server wants TLS{}: use nbds:// (or nbds+unix://) with tls-certificates=DIRECTORY", said(.0))]
     TlsRequired(String),
+    /// TLS is refused, and the connection was given up before anything was asked in plain text.
+    #[error("the server refused TLS ({reply}){}: give it certificates, or use nbd:// where the network can be trusted", said(.message))]
+    TlsRefused {
+        /// The error.
+        reply: OptionReply,
+        /// What the server said.
+        message: String,
+    },
+    /// Plaintext after the answer to STARTTLS may be somebody else's.
+    #[error(
+        "something without encryption came after the server had begun TLS: somebody may be meddling with the connection"
+    )]
+    PlaintextAfterStartTls,
     /// Any other refusal.
     #[error("the server refused {option}: {reply}{}", said(.message))]
     Refused {
@@ -202,6 +219,9 @@ impl Negotiation {
             };
             if let Some(outcome) = outcome {
                 if !input.is_empty() {
+                    if outcome == Outcome::StartTls {
+                        return Err(NegotiationError::PlaintextAfterStartTls);
+                    }
                     return Err(NegotiationError::Broken("it sends before it is asked"));
                 }
                 return Ok(Some(outcome));
@@ -233,13 +253,26 @@ impl Negotiation {
             .with_if(ClientFlags::NO_ZEROES, self.no_zeroes);
         out.put_u32(answer.0);
         match self.plan.goal {
+            _ if self.plan.tls && !fixed => return Err(NegotiationError::NotFixed("begin TLS")),
             Goal::List if !fixed => return Err(NegotiationError::NotFixed("list its exports")),
             Goal::Info if !fixed => return Err(NegotiationError::NotFixed("describe an export")),
             Goal::Transmission if !fixed => self.ask_export_name(out),
+            _ if self.plan.tls => self.ask(OptionCode::STARTTLS, b"", out),
+            _ => self.ask_first(out),
+        }
+        Ok(true)
+    }
+
+    /// Goes on over the encrypted stream, after [`Outcome::StartTls`]. Appends the next option to `out`.
+    pub fn tls_started(&mut self, out: &mut BytesMut) {
+        self.ask_first(out);
+    }
+
+    fn ask_first(&mut self, out: &mut BytesMut) {
+        match self.plan.goal {
             Goal::List => self.ask(OptionCode::LIST, b"", out),
             _ => self.ask_for_framing(self.plan.framing, out),
         }
-        Ok(true)
     }
 
     fn ask(&mut self, option: OptionCode, data: &[u8], out: &mut BytesMut) {
@@ -310,6 +343,7 @@ impl Negotiation {
             return refused.map(|()| None);
         }
         match (option, reply) {
+            (OptionCode::STARTTLS, OptionReply::ACK) => return Ok(Some(Outcome::StartTls)),
             (OptionCode::EXTENDED_HEADERS | OptionCode::STRUCTURED_REPLY, OptionReply::ACK) => {
                 let extended = option == OptionCode::EXTENDED_HEADERS;
                 self.negotiated.framing = if extended { Framing::Extended } else { Framing::Structured };
@@ -347,6 +381,9 @@ impl Negotiation {
     ) -> Result<(), NegotiationError> {
         match (option, reply) {
             (_, OptionReply::ERR_TLS_REQD) => return Err(NegotiationError::TlsRequired(message)),
+            (OptionCode::STARTTLS, reply) if reply != OptionReply::ERR_SHUTDOWN => {
+                return Err(NegotiationError::TlsRefused { reply, message });
+            }
             // The document has the client leave.
             (_, OptionReply::ERR_SHUTDOWN) => return Err(NegotiationError::Refused { option, reply, message }),
             (OptionCode::EXTENDED_HEADERS, _) => self.ask_for_framing(Framing::Structured, out),
