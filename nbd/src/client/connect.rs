@@ -81,7 +81,7 @@ impl ConnectOptions {
     fn plan(&self, goal: Goal, export: &str) -> Plan {
         let (framing, contexts) = match goal {
             Goal::List => (Framing::Simple, Vec::new()),
-            Goal::Transmission | Goal::Info => (self.framing, self.contexts.clone()),
+            Goal::Transmission | Goal::Info | Goal::Contexts => (self.framing, self.contexts.clone()),
         };
         Plan { goal, export: export.to_owned(), framing, contexts, tls: self.tls.is_some() }
     }
@@ -171,6 +171,21 @@ where
 {
     match outcome(stream, Goal::Info, export, options).await? {
         (stream, Outcome::Export(negotiated)) => leave(stream, negotiated, options.time).await,
+        _ => Err(unexpected()),
+    }
+}
+
+/// The meta contexts of an export that [`ConnectOptions::contexts`] ask for: names, or a namespace with its colon
+/// (`base:`) for all of it; without any, all that the server has (document: NBD_OPT_LIST_META_CONTEXT).
+///
+/// # Errors
+/// [`ClientError`]; a server without structured replies or without meta contexts refuses.
+pub async fn list_contexts<S>(stream: S, export: &str, options: &ConnectOptions) -> Result<Vec<String>, ClientError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    match outcome(stream, Goal::Contexts, export, options).await? {
+        (stream, Outcome::Contexts(names)) => leave(stream, names, options.time).await,
         _ => Err(unexpected()),
     }
 }

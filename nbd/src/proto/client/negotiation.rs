@@ -23,6 +23,8 @@ pub enum Goal {
     Info,
     /// List the exports and leave.
     List,
+    /// List the meta contexts of the export and leave.
+    Contexts,
 }
 
 /// What to negotiate.
@@ -35,7 +37,7 @@ pub struct Plan {
     /// The best form of requests and replies to ask for; a server without it is asked for the next best. Meta contexts
     /// need [`Framing::Structured`] at least.
     pub framing: Framing,
-    /// The meta contexts to ask for.
+    /// The meta contexts to ask for; for [`Goal::Contexts`] also namespaces with their colon, or none for all.
     pub contexts: Vec<String>,
     /// Begin TLS before anything else, and leave a server that refuses it.
     pub tls: bool,
@@ -71,6 +73,8 @@ pub enum Outcome {
     Export(Negotiated),
     /// The server's exports.
     List(Vec<ServerEntry>),
+    /// The names of the export's meta contexts.
+    Contexts(Vec<String>),
     /// The stream is to be encrypted now; then the negotiation goes on with [`Negotiation::tls_started`].
     StartTls,
 }
@@ -150,6 +154,7 @@ pub struct Negotiation {
     exported: bool,
     replies: usize,
     list: Vec<ServerEntry>,
+    names: Vec<String>,
     negotiated: Negotiated,
 }
 
@@ -163,6 +168,7 @@ impl Negotiation {
             exported: false,
             replies: 0,
             list: Vec::new(),
+            names: Vec::new(),
             negotiated: Negotiated {
                 size: 0,
                 flags: TransmissionFlags::NONE,
@@ -177,8 +183,8 @@ impl Negotiation {
         }
     }
 
-    /// Takes what stands in `input` and appends what is to be sent to `out`. At the outcome of [`Goal::Info`] and
-    /// [`Goal::List`] that is an ABORT.
+    /// Takes what stands in `input` and appends what is to be sent to `out`. At the outcome of [`Goal::Info`],
+    /// [`Goal::List`] and [`Goal::Contexts`] that is an ABORT.
     ///
     /// # Errors
     /// [`NegotiationError`]: hang up. After a refusal there is an ABORT to be sent first.
@@ -256,6 +262,7 @@ impl Negotiation {
             _ if self.plan.tls && !fixed => return Err(NegotiationError::NotFixed("begin TLS")),
             Goal::List if !fixed => return Err(NegotiationError::NotFixed("list its exports")),
             Goal::Info if !fixed => return Err(NegotiationError::NotFixed("describe an export")),
+            Goal::Contexts if !fixed => return Err(NegotiationError::NotFixed("list meta contexts")),
             Goal::Transmission if !fixed => self.ask_export_name(out),
             _ if self.plan.tls => self.ask(OptionCode::STARTTLS, b"", out),
             _ => self.ask_first(out),
@@ -271,6 +278,8 @@ impl Negotiation {
     fn ask_first(&mut self, out: &mut BytesMut) {
         match self.plan.goal {
             Goal::List => self.ask(OptionCode::LIST, b"", out),
+            // They need one of them.
+            Goal::Contexts => self.ask_for_framing(self.plan.framing.max(Framing::Structured), out),
             _ => self.ask_for_framing(self.plan.framing, out),
         }
     }
@@ -290,12 +299,14 @@ impl Negotiation {
     }
 
     fn ask_for_contexts(&mut self, out: &mut BytesMut) {
-        if !self.negotiated.framing.has_chunks() || self.plan.contexts.is_empty() {
+        let listing = self.plan.goal == Goal::Contexts;
+        if !listing && (!self.negotiated.framing.has_chunks() || self.plan.contexts.is_empty()) {
             return self.ask_for_export(out);
         }
         let mut data = BytesMut::new();
         MetaQuery { export: self.plan.export.clone(), queries: self.plan.contexts.clone() }.encode(&mut data);
-        self.ask(OptionCode::SET_META_CONTEXT, &data, out);
+        let option = if listing { OptionCode::LIST_META_CONTEXT } else { OptionCode::SET_META_CONTEXT };
+        self.ask(option, &data, out);
     }
 
     fn ask_for_export(&mut self, out: &mut BytesMut) {
@@ -351,6 +362,13 @@ impl Negotiation {
             }
             (OptionCode::SET_META_CONTEXT, OptionReply::META_CONTEXT) => self.context(MetaContext::decode(data)?)?,
             (OptionCode::SET_META_CONTEXT, OptionReply::ACK) => self.ask_for_export(out),
+            (OptionCode::LIST_META_CONTEXT, OptionReply::META_CONTEXT) => {
+                self.names.push(MetaContext::decode(data)?.name);
+            }
+            (OptionCode::LIST_META_CONTEXT, OptionReply::ACK) => {
+                OptionHeader::encode(OptionCode::ABORT, b"", out);
+                return Ok(Some(Outcome::Contexts(std::mem::take(&mut self.names))));
+            }
             (OptionCode::LIST, OptionReply::SERVER) => self.list.push(ServerEntry::decode(data)?),
             (OptionCode::LIST, OptionReply::ACK) => {
                 OptionHeader::encode(OptionCode::ABORT, b"", out);
@@ -387,7 +405,9 @@ impl Negotiation {
             // The document has the client leave.
             (_, OptionReply::ERR_SHUTDOWN) => return Err(NegotiationError::Refused { option, reply, message }),
             (OptionCode::EXTENDED_HEADERS, _) => self.ask_for_framing(Framing::Structured, out),
-            (OptionCode::STRUCTURED_REPLY, _) => self.ask_for_framing(Framing::Simple, out),
+            (OptionCode::STRUCTURED_REPLY, _) if self.plan.goal != Goal::Contexts => {
+                self.ask_for_framing(Framing::Simple, out)
+            }
             // A server that does not know the option, or no such context; an unknown export shows at GO.
             (OptionCode::SET_META_CONTEXT, _) => {
                 self.negotiated.contexts.clear();
@@ -397,7 +417,7 @@ impl Negotiation {
             (OptionCode::GO, OptionReply::ERR_UNSUP) if self.negotiated.framing != Framing::Extended => {
                 self.ask_export_name(out);
             }
-            (OptionCode::GO | OptionCode::INFO, OptionReply::ERR_UNKNOWN) => {
+            (OptionCode::GO | OptionCode::INFO | OptionCode::LIST_META_CONTEXT, OptionReply::ERR_UNKNOWN) => {
                 return Err(NegotiationError::NoSuchExport { name: self.plan.export.clone(), message });
             }
             _ => return Err(NegotiationError::Refused { option, reply, message }),
