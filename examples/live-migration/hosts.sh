@@ -106,14 +106,21 @@ mend_link() { ip -n "$prefix-wire" link set hosta up; }
 start_node() {
   local host=$1 address
   address=10.78.0.$([ "$host" = a ] && echo 1 || echo 2)
+  make_certificates
   mkdir -p "$work/$host"/{state,bundles,mnt}
   printf '#!/bin/sh\nexec %q --root %q "$@"\n' "$(command -v runc)" "$work/$host/runc-state" >"$work/$host/runc"
   chmod +x "$work/$host/runc"
-  in_background "host$host" "$programs/lazy-migrate" --control "$work/$host/control.sock" serve --state-dir "$work/$host/state" --peer "$address:10810" --insecure \
+  in_background "host$host" "$programs/lazy-migrate" --control "$work/$host/control.sock" serve --state-dir "$work/$host/state" --peer "$address:10810" --tls "$work/$host/tls" --allow-peer 10.78.0.1 --allow-peer 10.78.0.2 \
     --runtime "runc=$work/$host/runc,root=$work/$host/runc-state" --bundle-dir "$work/$host/bundles" --mount-dir "$work/$host/mnt" "${serve_options[@]}" \
     </dev/null >>"$work/$host/node.log" 2>&1 &
   node_pid[$host]=$!
   wait_until 20 "the node of host $host does not answer" node_answers "$host"
+}
+# make_certificates: each host's own, by one authority. Once.
+make_certificates() {
+  [ ! -d "$work/b/tls" ] || return 0
+  "$programs/lazy-migrate" tls init "$work/a/tls" --host 10.78.0.1 >&2
+  "$programs/lazy-migrate" tls init "$work/b/tls" --host 10.78.0.2 --ca "$work/a/tls" >&2
 }
 node_answers() {
   kill -0 "${node_pid[$1]}" 2>/dev/null || fail "the node of host $1 ended"

@@ -13,6 +13,7 @@ mod client;
 mod filesystem;
 mod full_disk;
 mod handover;
+mod liars;
 mod link;
 mod pair;
 mod pull;
