@@ -135,7 +135,10 @@ async fn nbdsh_does_every_command() {
          assert h.get_tls_negotiated() and h.get_structured_replies_negotiated()\n\
          h.pwrite(b'x' * 1000000, 12345, nbd.CMD_FLAG_FUA)\n\
          assert h.pread(1000000, 12345) == bytearray(b'x' * 1000000)\n\
-         assert h.pread(4096, 8 << 20, nbd.CMD_FLAG_DF) == bytearray(4096)\n\
+         chunks = []\n\
+         see = lambda data, offset, status, error: chunks.append(offset)\n\
+         assert h.pread_structured(8192, (8 << 20) - 4096, see, nbd.CMD_FLAG_DF)[4096:] == bytearray(4096)\n\
+         assert chunks == [(8 << 20) - 4096], chunks\n\
          h.zero(65536, 65536)\n\
          h.trim(65536, 1 << 20)\n\
          h.cache(65536, 0)\n\
