@@ -113,12 +113,16 @@ pub struct DestinationMachine {
     /// The container runs here, or would if it were not frozen.
     runs: bool,
     starving: bool,
+    /// It is discarded, and everything stands still.
+    given_up: bool,
     command: Command,
     /// Where a completion that cannot be recorded goes back to.
     before_complete: DestinationPhase,
     /// Whether the journal says that this host was given the disk.
     durably_owned: bool,
     writing_owned: bool,
+    /// The phase of the record that is being written.
+    writing: DestinationPhase,
     effects: VecDeque<DestinationEffect>,
 }
 
@@ -143,6 +147,8 @@ impl DestinationMachine {
             grant: Grant::default(),
             runs: false,
             starving: false,
+            given_up: false,
+            writing: DestinationPhase::Preparing,
             command: Command::None,
             effects,
         }
@@ -164,6 +170,7 @@ impl DestinationMachine {
             }
             DestinationPhase::Complete => machine.effects.push_back(DestinationEffect::Open),
             DestinationPhase::Discarded => {
+                machine.given_up = true;
                 machine.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
             }
         }
@@ -184,8 +191,9 @@ impl DestinationMachine {
     pub fn beats(&self) -> bool {
         match self.record.phase {
             DestinationPhase::Ready | DestinationPhase::Active | DestinationPhase::Fenced => true,
-            // Until the source knows: its asking may have been answered in vain.
-            DestinationPhase::Discarded => self.record.owned && !self.source_knows,
+            // Until the source knows: its asking may have been answered in vain. But not while anything may still run: it takes
+            // the disk at that word.
+            DestinationPhase::Discarded => self.record.owned && self.given_up && !self.source_knows,
             DestinationPhase::Preparing | DestinationPhase::Complete => false,
         }
     }
@@ -193,6 +201,16 @@ impl DestinationMachine {
     /// The number for the beat that is sent now.
     pub fn send_beat(&mut self, now: BootTime) -> Beat {
         self.lease.send_beat(now)
+    }
+
+    /// Whether the container runs here, or would if it were not frozen.
+    pub fn container_runs(&self) -> bool {
+        self.runs
+    }
+
+    /// Whether the container stands still because its reads wait for the source.
+    pub fn is_starving(&self) -> bool {
+        self.starving
     }
 
     /// The lease as it is held.
@@ -219,7 +237,9 @@ impl DestinationMachine {
         let effect = self.effects.pop_front();
         match &effect {
             Some(DestinationEffect::Answer(_)) => self.command = Command::None,
-            Some(DestinationEffect::Journal(record)) => self.writing_owned = record.owned,
+            Some(DestinationEffect::Journal(record)) => {
+                (self.writing_owned, self.writing) = (record.owned, record.phase)
+            }
             _ => {}
         }
         effect
@@ -246,7 +266,8 @@ impl DestinationMachine {
                 machine.record.phase = next;
                 machine.record.owned = true;
                 machine.journal();
-                machine.effects.extend([DestinationEffect::Open, DestinationEffect::StartPull]);
+                machine.effects.push_back(DestinationEffect::Open);
+                machine.start_pull();
                 machine.answer(Ok(()));
                 Ok(())
             }),
@@ -296,13 +317,20 @@ impl DestinationMachine {
             }
             DestinationEvent::Resumed { runs } => {
                 self.runs = runs;
+                if runs && self.record.phase == DestinationPhase::Active {
+                    self.start_pull();
+                }
                 let starves = self.starving && self.record.phase == DestinationPhase::Active;
                 if starves || matches!(self.record.phase, DestinationPhase::Fenced | DestinationPhase::Discarded) {
                     self.effects.push_back(DestinationEffect::FreezeContainer);
                 }
             }
             DestinationEvent::Done => {}
-            DestinationEvent::Journaled(Ok(())) => self.durably_owned |= self.writing_owned,
+            DestinationEvent::Journaled(Ok(())) => {
+                self.durably_owned |= self.writing_owned;
+                // Freezing and holding came before it.
+                self.given_up |= self.writing == DestinationPhase::Discarded;
+            }
             DestinationEvent::Journaled(Err(failure)) => self.journal_failed(failure),
         }
     }
@@ -315,6 +343,7 @@ impl DestinationMachine {
         match self.record.phase {
             DestinationPhase::Active | DestinationPhase::Fenced if !self.durably_owned => {
                 self.record.phase = DestinationPhase::Discarded;
+                self.given_up = true;
                 self.effects.push_back(DestinationEffect::Close);
             }
             // The source has recorded its release and says so again with every beat: this is tried again.
@@ -322,6 +351,7 @@ impl DestinationMachine {
             // Recorded or not, nothing runs here without a grant that is still to come: a node that starts again with the
             // older record asks for one first. So the source may have its disk back, although this host's own is broken.
             DestinationPhase::Discarded => {
+                self.given_up = true;
                 self.effects.push_back(DestinationEffect::Close);
                 self.answer(Ok(()));
                 self.effects.push_back(DestinationEffect::TearDown);
@@ -344,7 +374,7 @@ impl DestinationMachine {
                 {
                     self.effects.push_back(DestinationEffect::Open);
                     self.thaw();
-                    self.effects.push_back(DestinationEffect::StartPull);
+                    self.start_pull();
                 }
                 self.fence_if_over(now);
                 self.tell_complete(now);
@@ -380,8 +410,7 @@ impl DestinationMachine {
     /// Everything is here: it is compared, then the source is told. But never before the container runs here: what the
     /// source keeps of it would be gone.
     fn tell_complete(&mut self, now: BootTime) {
-        let moved = self.runs || self.record.container.is_none();
-        if !self.all_durable || !moved || self.record.phase != DestinationPhase::Active {
+        if !self.all_durable || !self.moved() || self.record.phase != DestinationPhase::Active {
             return;
         }
         if !self.verified {
@@ -392,6 +421,18 @@ impl DestinationMachine {
         } else if !self.telling {
             self.telling = true;
             self.effects.push_back(DestinationEffect::TellComplete(self.grant));
+        }
+    }
+
+    /// Whether there is nothing that still has to come to life here.
+    fn moved(&self) -> bool {
+        self.runs || self.record.container.is_none()
+    }
+
+    /// Not before the container runs: no disk content competes with the pause.
+    fn start_pull(&mut self) {
+        if self.moved() {
+            self.effects.push_back(DestinationEffect::StartPull);
         }
     }
 
@@ -419,6 +460,7 @@ impl DestinationMachine {
     }
 
     fn discard(&mut self) {
+        self.runs = false;
         self.effects.push_back(DestinationEffect::FreezeContainer);
         self.effects.push_back(DestinationEffect::Hold);
         if self.step(DestinationStep::Discard).is_ok() {
