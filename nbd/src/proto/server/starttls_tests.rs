@@ -52,6 +52,24 @@ fn run(
     (answers, end)
 }
 
+/// The same of bytes that come in pieces of `step`.
+fn feed(
+    handshake: &mut Handshake,
+    bytes: &[u8],
+    step: usize,
+    exports: &dyn Exports,
+) -> (Vec<OptionReply>, Result<Step, HandshakeError>) {
+    let (mut input, mut answers, mut end) = (BytesMut::new(), Vec::new(), Ok(Step::NeedMore));
+    for piece in bytes.chunks(step) {
+        assert!(matches!(end, Ok(Step::NeedMore)));
+        input.extend_from_slice(piece);
+        let more;
+        (more, end) = run(handshake, &mut input, exports);
+        answers.extend(more);
+    }
+    (answers, end)
+}
+
 fn after(tls: TlsMode, options: &[BytesMut]) -> (Vec<OptionReply>, Result<Step, HandshakeError>) {
     let mut input = BytesMut::from(&[vec![fixed()], options.to_vec()].concat().concat()[..]);
     run(&mut begin(tls), &mut input, &Secret)
@@ -150,33 +168,12 @@ fn tls_forgets_what_was_negotiated_before_it() {
     .concat();
     for step in 1..=before.len().max(within.len()) {
         let mut handshake = begin(TlsMode::Offered);
-        let mut feed = |bytes: &[u8]| {
-            let (mut input, mut answers, mut end) = (BytesMut::new(), Vec::new(), Ok(Step::NeedMore));
-            for piece in bytes.chunks(step) {
-                assert!(matches!(end, Ok(Step::NeedMore)));
-                input.extend_from_slice(piece);
-                let more;
-                (more, end) = run(&mut handshake, &mut input, &exports);
-                answers.extend(more);
-            }
-            (answers, end)
-        };
-        let (answers, end) = feed(&before);
+        let (answers, end) = feed(&mut handshake, &before, step, &exports);
         let (ack, invalid) = (OptionReply::ACK, OptionReply::ERR_INVALID);
         assert_eq!(answers, [ack, OptionReply::META_CONTEXT, ack, ack, ack]);
         assert!(matches!(end, Ok(Step::StartTls)));
         handshake.tls_started();
-        let mut feed = |bytes: &[u8]| {
-            let (mut input, mut answers, mut end) = (BytesMut::new(), Vec::new(), Ok(Step::NeedMore));
-            for piece in bytes.chunks(step) {
-                input.extend_from_slice(piece);
-                let more;
-                (more, end) = run(&mut handshake, &mut input, &exports);
-                answers.extend(more);
-            }
-            (answers, end)
-        };
-        let (answers, end) = feed(&within);
+        let (answers, end) = feed(&mut handshake, &within, step, &exports);
         let expected = [invalid, invalid, OptionReply::SERVER, ack, invalid, OptionReply::INFO, ack];
         assert_eq!(answers, expected);
         let Ok(Step::Enter(entered)) = end else { panic!("it did not enter") };
