@@ -74,7 +74,7 @@ pub const RECEIVE_SPACE: usize = 64 << 10;
 pub const KEPT_BUFFER: usize = 4 << 20;
 /// Send buffer asked for on Unix sockets, in bytes; the default stalls both ends on large replies.
 pub const SOCKET_SEND_BUFFER: usize = 4 << 20;
-/// Encrypted bytes that are received at once.
+/// Encrypted bytes that are received at once. What a connection holds for TLS comes besides what is counted of it.
 pub const TLS_RECEIVE_BUFFER: usize = 64 << 10;
 /// Bytes that are encrypted and sent at once.
 pub const TLS_SEND_BUFFER: usize = 256 << 10;
