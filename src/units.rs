@@ -161,13 +161,35 @@ impl ByteRange {
 
 /// A number that rises with every change of a disk's ownership: the fencing token. 0 is before the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "u64", into = "u64")]
 pub struct Epoch(pub u64);
 
+/// A number that no disk can have come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0} is no epoch: a disk's ownership has not changed so often")]
+pub struct BadEpoch(u64);
+
 impl Epoch {
+    /// The highest that is believed of a peer or a file: beyond it, none would be left to rise to.
+    pub const MAX: Epoch = Epoch(1 << 62);
+
     /// The epoch after this one.
     pub fn next(self) -> Epoch {
         Epoch(self.0 + 1)
+    }
+}
+
+impl TryFrom<u64> for Epoch {
+    type Error = BadEpoch;
+
+    fn try_from(number: u64) -> Result<Epoch, BadEpoch> {
+        if number <= Epoch::MAX.0 { Ok(Epoch(number)) } else { Err(BadEpoch(number)) }
+    }
+}
+
+impl From<Epoch> for u64 {
+    fn from(epoch: Epoch) -> u64 {
+        epoch.0
     }
 }
 
