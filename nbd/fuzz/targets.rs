@@ -9,7 +9,7 @@ use nbd::export::ZeroMode;
 use nbd::limits::{MAX_ERROR_PAYLOAD, MAX_PAYLOAD, MAX_STATUS_PAYLOAD};
 use nbd::memory::{MemoryDisk, SingleExport};
 use nbd::proto::client::{Goal, Negotiated, Negotiation, Operation, Outcome, Plan, Session};
-use nbd::proto::server::{Handshake, Requests, Rules, Step, check};
+use nbd::proto::server::{Handshake, Requests, Rules, Step, TlsMode, check};
 use nbd::uri::NbdUri;
 use nbd::wire::{
     ChunkHeader, ChunkType, Command, ErrorChunk, ExportRequest, ExtendedChunkHeader, Framing, Info, MetaContext,
@@ -27,7 +27,9 @@ pub fn server_session(data: &[u8]) {
     let Some((step, data)) = data.split_first() else { return };
     let exports = SingleExport::new("disk", Arc::new(MemoryDisk::zeroed(SIZE)));
     let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
-    let mut handshake = Handshake::new(&mut out);
+    // TLS is taken as done where the client asks for it.
+    let tls = if *step == 0xfe { TlsMode::Required } else { TlsMode::Offered };
+    let mut handshake = Handshake::new(&mut out).with_tls(tls);
     let mut entered: Option<(Requests, Rules)> = None;
     for piece in data.chunks(usize::from(*step) + 1) {
         input.extend_from_slice(piece);
@@ -46,6 +48,7 @@ pub fn server_session(data: &[u8]) {
                     };
                     entered = Some((Requests::new(granted.framing), rules));
                 }
+                Ok(Step::StartTls) => handshake.tls_started(),
                 Ok(Step::Aborted) | Err(_) => return,
             }
         }
@@ -73,9 +76,10 @@ pub fn server_session(data: &[u8]) {
 pub fn client_session(data: &[u8]) {
     let [wish, step, data @ ..] = data else { return };
     let framing = framing(*wish);
-    let goal = [Goal::Transmission, Goal::Info, Goal::List][usize::from(wish / 4 % 3)];
+    let goal = [Goal::Transmission, Goal::Info, Goal::List, Goal::Contexts][usize::from(wish / 4 % 4)];
+    let tls = wish / 16 % 2 == 1;
     let contexts = vec!["base:allocation".to_owned()];
-    let mut negotiation = Negotiation::new(Plan { goal, export: "disk".into(), framing, contexts });
+    let mut negotiation = Negotiation::new(Plan { goal, export: "disk".into(), framing, contexts, tls });
     let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
     for (index, piece) in data.chunks(usize::from(*step) + 1).enumerate() {
         input.extend_from_slice(piece);
@@ -86,6 +90,7 @@ pub fn client_session(data: &[u8]) {
                 let rest = data.chunks(usize::from(*step) + 1).skip(index + 1);
                 return receive(&negotiated, rest);
             }
+            Ok(Some(Outcome::StartTls)) => negotiation.tls_started(&mut out),
             _ => return,
         }
         assert!(out.len() <= 1 << 14, "{} bytes of options", out.len());
@@ -118,8 +123,8 @@ fn receive<'a>(negotiated: &Negotiated, pieces: impl Iterator<Item = &'a [u8]>) 
     let mut session = Session::new(negotiated);
     let length = 512;
     let operations = [
-        Operation::Read { offset: 0, length: 512 },
-        Operation::BlockStatus { offset: 0, length, contexts: Vec::new() },
+        Operation::Read { offset: 0, length: 512, whole: false },
+        Operation::BlockStatus { offset: 0, length, contexts: Vec::new(), one: true },
         Operation::Write { offset: 0, data: vec![1; 8].into(), fua: true },
         Operation::Flush,
         Operation::Trim { offset: 0, length, fua: false },

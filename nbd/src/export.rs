@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
+use crate::tls::Identity;
 use crate::wire::Errno;
 
 /// The answer to a request: here already, or a future that the connection's task polls to its end.
@@ -139,4 +140,12 @@ pub trait Exports: Send + Sync + 'static {
     fn find(&self, name: &str) -> Option<Arc<dyn Export>>;
     /// Names and descriptions for NBD_OPT_LIST.
     fn list(&self) -> Vec<(String, String)>;
+
+    /// The exports of a client that has proved who it is; `None`: these. Asked once for each connection, after its TLS
+    /// handshake: what the answer does not have does not exist for this client. A client without TLS, where that is
+    /// allowed, sees what [`Exports::find`] and [`Exports::list`] say.
+    fn seen_by(&self, client: &Identity) -> Option<Arc<dyn Exports>> {
+        let _ = client;
+        None
+    }
 }

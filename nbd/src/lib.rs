@@ -7,6 +7,7 @@
 //! - [`server`], [`client`]: tokio drivers around the sessions.
 //! - [`address`], [`uri`]: where a server is, and NBD URIs.
 //! - [`socket`]: socket options that both drivers set.
+//! - [`tls`]: certificates, encrypted streams, and who the peer is.
 //! - [`limits`]: every bound, in one place.
 //! - [`kernel`]: the Linux kernel's NBD device by generic netlink.
 //!
@@ -27,5 +28,6 @@ mod output;
 pub mod proto;
 pub mod server;
 pub mod socket;
+pub mod tls;
 pub mod uri;
 pub mod wire;

@@ -74,6 +74,10 @@ pub const RECEIVE_SPACE: usize = 64 << 10;
 pub const KEPT_BUFFER: usize = 4 << 20;
 /// Send buffer asked for on Unix sockets, in bytes; the default stalls both ends on large replies.
 pub const SOCKET_SEND_BUFFER: usize = 4 << 20;
+/// Encrypted bytes that are received at once.
+pub const TLS_RECEIVE_BUFFER: usize = 64 << 10;
+/// Bytes that are encrypted and sent at once.
+pub const TLS_SEND_BUFFER: usize = 256 << 10;
 /// How long data may stay unacknowledged before a TCP connection counts as dead.
 pub const TCP_USER_TIMEOUT: Duration = Duration::from_secs(15);
 /// Idle time before TCP keepalive probes, and the time between them.

@@ -1,7 +1,7 @@
 //! NBD URIs (`doc/uri.md` of the protocol's repository).
 //!
-//! `nbd://host[:port]/export`, `nbd+unix:///export?socket=/path`, and `nbds://`, `nbds+unix://` for TLS. The export name
-//! is the path without its first slash, percent-decoded; nothing else is done to it: `..` and further slashes are parts
+//! `nbd://host[:port]/export`, `nbd+unix:///export?socket=/path`, and `nbds://`, `nbds+unix://` for TLS, with libnbd's
+//! `tls-certificates=DIRECTORY` and `tls-hostname=NAME`. Other parameters are passed over. The export name is the path without its first slash, percent-decoded; nothing else is done to it: `..` and further slashes are parts
 //! of the name.
 
 use std::fmt;
@@ -23,6 +23,18 @@ pub struct NbdUri {
     pub export: String,
     /// The connection has to be encrypted.
     pub tls: bool,
+    /// Directory of the certificates, see [`crate::tls`] (`tls-certificates=`). Without TLS it has no meaning.
+    pub tls_certificates: Option<PathBuf>,
+    /// The name that the server's certificate must have, where it is not the host (`tls-hostname=`). Without TLS it has
+    /// no meaning.
+    pub tls_hostname: Option<String>,
+}
+
+impl NbdUri {
+    /// An export of a server, without TLS.
+    pub fn new(address: Address, export: impl Into<String>) -> NbdUri {
+        NbdUri { address, export: export.into(), tls: false, tls_certificates: None, tls_hostname: None }
+    }
 }
 
 /// Why a text is not an NBD URI.
@@ -60,10 +72,13 @@ fn parse(text: &str) -> Result<NbdUri, &'static str> {
     if export.len() > MAX_STRING {
         return Err("the export name is longer than 4096 bytes");
     }
-    let mut socket = None;
+    let (mut socket, mut tls_certificates, mut tls_hostname) = (None, None, None);
     for (key, value) in query.split('&').filter(|part| !part.is_empty()).filter_map(|part| part.split_once('=')) {
-        if key == "socket" {
-            socket = Some(decode(value)?);
+        match key {
+            "socket" => socket = Some(decode(value)?),
+            "tls-certificates" => tls_certificates = Some(PathBuf::from(decode(value)?)),
+            "tls-hostname" => tls_hostname = Some(decode(value)?),
+            _ => {}
         }
     }
     let address = match (unix, socket) {
@@ -81,7 +96,7 @@ fn parse(text: &str) -> Result<NbdUri, &'static str> {
             Address::Tcp { host, port: port.unwrap_or(DEFAULT_PORT) }
         }
     };
-    Ok(NbdUri { address, export, tls })
+    Ok(NbdUri { address, export, tls, tls_certificates, tls_hostname })
 }
 
 /// Whether a decoded host can be one: with a colon only an IPv6 address, perhaps with a zone.
@@ -108,25 +123,32 @@ const ENCODED: &AsciiSet =
 impl fmt::Display for NbdUri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let s = if self.tls { "s" } else { "" };
-        let export = utf8_percent_encode(&self.export, ENCODED);
+        let encode = |text| utf8_percent_encode(text, ENCODED);
+        let export = encode(&self.export);
+        let mut parameters = Vec::new();
         match &self.address {
             Address::Unix(path) => {
-                let path = path.to_string_lossy();
-                write!(f, "nbd{s}+unix:///{export}?socket={}", utf8_percent_encode(&path, ENCODED))
+                write!(f, "nbd{s}+unix:///{export}")?;
+                parameters.push(("socket", path.to_string_lossy()));
             }
             Address::Tcp { host, port } => {
-                let encoded = utf8_percent_encode(host, ENCODED);
                 if host.contains(':') {
-                    write!(f, "nbd{s}://[{encoded}]")?;
+                    write!(f, "nbd{s}://[{}]", encode(host))?;
                 } else {
-                    write!(f, "nbd{s}://{encoded}")?;
+                    write!(f, "nbd{s}://{}", encode(host))?;
                 }
                 match *port {
-                    DEFAULT_PORT => write!(f, "/{export}"),
-                    port => write!(f, ":{port}/{export}"),
+                    DEFAULT_PORT => write!(f, "/{export}")?,
+                    port => write!(f, ":{port}/{export}")?,
                 }
             }
         }
+        parameters.extend(self.tls_certificates.iter().map(|path| ("tls-certificates", path.to_string_lossy())));
+        parameters.extend(self.tls_hostname.iter().map(|name| ("tls-hostname", name.into())));
+        for (index, (key, value)) in parameters.iter().enumerate() {
+            write!(f, "{}{key}={}", if index == 0 { '?' } else { '&' }, encode(value))?;
+        }
+        Ok(())
     }
 }
 
@@ -137,7 +159,7 @@ mod tests {
     use super::*;
 
     fn tcp(host: &str, port: u16, export: &str) -> NbdUri {
-        NbdUri { address: Address::Tcp { host: host.into(), port }, export: export.into(), tls: false }
+        NbdUri::new(Address::Tcp { host: host.into(), port }, export)
     }
 
     #[test]
@@ -149,12 +171,19 @@ mod tests {
             ("nbd://[::1]:7/x", tcp("::1", 7, "x")),
             ("nbd://user@host/x/../y", tcp("host", 10809, "x/../y")),
             ("nbd://host//x", tcp("host", 10809, "/x")),
-            ("nbd://host/x?tls-certificates=%2Fetc", tcp("host", 10809, "x")),
+            ("nbd://host/x?future=1&y", tcp("host", 10809, "x")),
         ] {
             assert_eq!(text.parse(), Ok(expected), "{text}");
         }
-        let unix = NbdUri { address: Address::Unix("/tmp/a b".into()), export: "x".into(), tls: true };
+        let unix = NbdUri { tls: true, ..NbdUri::new(Address::Unix("/tmp/a b".into()), "x") };
         assert_eq!("nbds+unix:///x?socket=/tmp/a%20b".parse(), Ok(unix));
+        let certificates = NbdUri {
+            tls: true,
+            tls_certificates: Some("/etc/pki".into()),
+            tls_hostname: Some("a.example".into()),
+            ..tcp("host", 10809, "x")
+        };
+        assert_eq!("nbds://host/x?tls-certificates=%2Fetc/pki&tls-hostname=a.example".parse(), Ok(certificates));
     }
 
     #[test]
@@ -184,7 +213,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn uris_survive_their_text(export in "[^\0]{0,20}", path in "/[^\0]{1,20}", port: u16, tls: bool) {
+        fn uris_survive_their_text(
+            export in "[^\0]{0,20}",
+            path in "/[^\0]{1,20}",
+            name in proptest::option::of("[^\0]{1,20}"),
+            port: u16,
+            tls: bool,
+        ) {
             for address in [
                 Address::Unix(path.clone().into()),
                 Address::Tcp { host: "::1".into(), port },
@@ -192,7 +227,8 @@ mod tests {
                 Address::Tcp { host: "hôte".into(), port },
                 Address::Tcp { host: "host".into(), port },
             ] {
-                let uri = NbdUri { address, export: export.clone(), tls };
+                let tls_certificates = name.is_some().then(|| path.clone().into());
+                let uri = NbdUri { address, export: export.clone(), tls, tls_certificates, tls_hostname: name.clone() };
                 prop_assert_eq!(uri.to_string().parse(), Ok(uri));
             }
         }

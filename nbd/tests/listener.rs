@@ -24,7 +24,7 @@ fn exports() -> Arc<SingleExport> {
 }
 
 fn uri(listener: &Listener) -> NbdUri {
-    NbdUri { address: listener.address().clone(), export: "disk".into(), tls: false }
+    NbdUri::new(listener.address().clone(), "disk")
 }
 
 fn run(listener: Listener, exports: Arc<SingleExport>, options: ServeOptions) -> (CancellationToken, JoinHandle<()>) {

@@ -53,7 +53,8 @@ fn carry(from: &mut BytesMut, to: &mut BytesMut, random: &mut StdRng) {
 fn negotiate(framing: Framing, random: &mut StdRng) -> (Negotiated, Entered) {
     let exports = SingleExport::new("disk", Arc::new(MemoryDisk::zeroed(SIZE)));
     let contexts = vec!["base:allocation".to_owned()];
-    let mut client = Negotiation::new(Plan { goal: Goal::Transmission, export: "disk".into(), framing, contexts });
+    let mut client =
+        Negotiation::new(Plan { goal: Goal::Transmission, export: "disk".into(), framing, contexts, tls: false });
     let (mut to_client, mut client_input) = (BytesMut::new(), BytesMut::new());
     let (mut to_server, mut server_input) = (BytesMut::new(), BytesMut::new());
     let mut server = Handshake::new(&mut to_client);
@@ -202,7 +203,7 @@ proptest! {
                     Some((token, op)) => {
                         waiting.insert(token, (op.clone(), expected(&op, &mut client_disk, contexts)));
                         let operation = match op {
-                            Op::Read(offset, length) => Operation::Read { offset, length },
+                            Op::Read(offset, length) => Operation::Read { offset, length, whole: false },
                             Op::Write(offset, data) => Operation::Write { offset, data: data.into(), fua: true },
                             Op::Trim(offset, length) => Operation::Trim { offset, length: length.into(), fua: false },
                             Op::Zero(offset, length) => {
@@ -212,7 +213,7 @@ proptest! {
                             Op::Status(offset, length) => {
                                 let some = framing == Framing::Extended && token % 2 == 0;
                                 let contexts = if some { vec![negotiated.contexts[0].id] } else { Vec::new() };
-                                Operation::BlockStatus { offset, length: length.into(), contexts }
+                                Operation::BlockStatus { offset, length: length.into(), contexts, one: false }
                             }
                             Op::Flush => Operation::Flush,
                         };
@@ -258,7 +259,7 @@ proptest! {
         let mut session = Session::new(&negotiated);
         let mut stream = BytesMut::new();
         for token in 0..4u64 {
-            session.submit(&Operation::Read { offset: token, length: 4096 }, token);
+            session.submit(&Operation::Read { offset: token, length: 4096, whole: false }, token);
         }
         // A right head makes what follows reach deeper.
         let kinds = [ChunkType::NONE, ChunkType::OFFSET_DATA, ChunkType::OFFSET_HOLE, ChunkType::ERROR, ChunkType(9)];

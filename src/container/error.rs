@@ -97,6 +97,14 @@ pub enum Error {
         /// The id.
         id: String,
     },
+    /// A container was started, but is not what was asked for.
+    #[error("container {id} was started, and ended again: {why}")]
+    Strayed {
+        /// The id.
+        id: String,
+        /// What is wrong with it.
+        why: String,
+    },
     /// The control groups of this host are not as needed.
     #[error("cannot use the control group of {what}: {why}")]
     Cgroup {
@@ -142,6 +150,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// After a failed restore: whether tasks of the container may have run, and written to its disk, before they were ended.
+    pub fn may_have_run(&self) -> bool {
+        matches!(self, Error::TimedOut { .. } | Error::Strayed { .. })
+    }
+
     /// For `map_err` on a file operation.
     pub(crate) fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
         let path = path.into();

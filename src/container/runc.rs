@@ -239,25 +239,21 @@ impl Runc {
         let derived = spec.state_dir.join("bundle");
         spec.bundle.derive(&derived, &spec.cgroup, spec.tcp_established)?;
         let started = match self.start_restored(id, &spec, &derived).await {
-            Ok(()) => self.do_inspect(id).await,
+            Ok(()) => match self.do_inspect(id).await {
+                Ok(now) if now.cgroup.as_ref() == Some(&spec.cgroup) => return Ok(now),
+                Ok(now) => Err(format!(
+                    "it is {} in the control group {}, not in {}",
+                    now.status,
+                    now.cgroup.as_ref().map_or("none", Cgroup::path),
+                    spec.cgroup.path()
+                )),
+                Err(error) => Err(error.to_string()),
+            }
+            .map_err(|why| Error::Strayed { id: id.to_string(), why }),
             Err(error) => Err(error),
         };
-        let error = match started {
-            Ok(now) if now.cgroup.as_ref() == Some(&spec.cgroup) => return Ok(now),
-            Ok(now) => Error::Failed {
-                program: self.binary.display().to_string(),
-                what: format!("restore container {id}"),
-                status: now.status.to_string(),
-                detail: format!(
-                    "it is not in the control group {} but in {}",
-                    spec.cgroup.path(),
-                    now.cgroup.as_ref().map_or("none", Cgroup::path)
-                ),
-            },
-            Err(error) => error,
-        };
         self.undo_restore(id, &spec, &derived).await;
-        Err(error)
+        started
     }
 
     async fn start_restored(&self, id: &ContainerId, spec: &RestoreSpec, derived: &Path) -> Result<(), Error> {

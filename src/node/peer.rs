@@ -163,8 +163,9 @@ impl Node {
         let hold = self.destination_hold(disk, &record);
         let source = record.source.clone();
         let machine = DestinationMachine::new(record, first_beat()?);
-        let readied = async {
-            hold.prepare().await?;
+        // The last that it does is to close the network that the container will have.
+        hold.prepare().await?;
+        let reached = async {
             let upstream = self.migration_upstream(disk.name(), &source);
             let connection = upstream.connect(Some(disk.spec.size)).await.map_err(|error| {
                 Failure::unreachable(format!(
@@ -176,8 +177,8 @@ impl Node {
             connection.close();
             Ok(())
         };
-        if let Err(failure) = readied.await {
-            if let Err(left) = hold.tear_down().await {
+        if let Err(failure) = reached.await {
+            if let Err(left) = hold.open_network().await {
                 tracing::error!(disk = %disk.name(), failure = %left, "what a refused migration left could not be removed");
             }
             return Err(failure);

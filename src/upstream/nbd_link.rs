@@ -28,7 +28,7 @@ impl UriDialer {
         let bad = |reason: String| UpstreamError::Uri { uri: uri.to_owned(), reason };
         let parsed: NbdUri = uri.parse().map_err(|error| bad(reason(&error)))?;
         if parsed.tls {
-            return Err(bad(ClientError::Tls.to_string()));
+            return Err(bad("TLS is not used for upstreams: use nbd:// or nbd+unix://".to_owned()));
         }
         let export = parsed.export.clone();
         Ok((UriDialer { uri: parsed }, export))

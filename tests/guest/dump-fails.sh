@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What goes wrong before the handover costs nothing: criu fails or is killed during the dump, the link dies in the middle
-# of the checkpoint. A's container goes on, its client keeps its connection, and nothing is left on B. And when only the
-# `migrate` command is interrupted, the node goes on.
+# of the checkpoint. A's container goes on, its client keeps its connection, and nothing is left on B, nor is anything
+# touched there that was there before. And when only the `migrate` command is interrupted, the node goes on.
 # tests/run: timeout=600 memory=3072 disk=8
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
@@ -28,6 +28,19 @@ R
 }
 # What waits for a word from here in the middle of the dump.
 held="echo \$\$ >$work/dumping; until [ -e $work/go ]; do sleep 0.05; done; exec $criu \"\$@\""
+
+say "B has a container of that name, which is somebody else's"
+mkdir -p "$work/other/rootfs/bin"
+cp /bin/busybox "$work/other/rootfs/bin/"
+(cd "$work/other" && runc spec)
+jq '.process.terminal = false | .process.args = ["/bin/busybox", "sleep", "600"]' "$work/other/config.json" >"$work/config.json"
+mv "$work/config.json" "$work/other/config.json"
+"$work/b/runc" run -d -b "$work/other" web </dev/null >/dev/null 2>&1
+refused 3 'exists on this host already' on a "${migrate[@]}"
+[ "$("$work/b/runc" state web | jq -r .status)" = running ] || fail "B's own container does not run any more"
+a_is_as_it_was
+"$work/b/runc" delete -f web
+nothing_on_b
 
 say "A: criu fails"
 criu_for_dumps 'exit 1'

@@ -57,7 +57,7 @@ left_on_b() {
   find "$work/b/state/disks" -mindepth 1 -maxdepth 1 ! -name web
   [ ! -e "$work/b/state/disks/web" ] || [ "$(on b status web --json 2>/dev/null | jq -r .phase)" = discarded ] ||
     find "$work/b/state/disks/web"
-  find "$work/b/state/disks" -path '*/web/images*' ! -name images.used
+  find "$work/b/state/disks" -path '*/web/images*'
   pgrep -a criu
   true
 }

@@ -247,8 +247,6 @@ impl World {
                 self.hosts[B].gate = Gate::Closed;
                 self.b.attached = false;
             }
-            // Not before the container runs: no disk content competes with the pause.
-            DestinationEffect::StartPull if self.container && !self.b.restored => {}
             DestinationEffect::StartPull => self.start_pull(),
             DestinationEffect::FreezeContainer => {
                 if self.plant != Some(Plant::NoFence) {
@@ -342,7 +340,6 @@ impl World {
             self.violate(Rule::Memory, || "the checkpoint is restored on a disk that was written since".into());
         }
         (self.hosts[B].runs, self.b.restored, self.b.attached) = (true, true, true);
-        self.start_pull();
         self.destination_event(DestinationEvent::Resumed { runs: true });
     }
 
@@ -356,7 +353,6 @@ impl World {
         self.b.attached = true;
         self.b.restored = true;
         self.hosts[B].runs = self.container;
-        self.start_pull();
         self.destination_event(DestinationEvent::Resumed { runs: self.container });
     }
 

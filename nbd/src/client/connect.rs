@@ -14,7 +14,12 @@ use crate::address::Address;
 use crate::limits::HANDSHAKE_TIME;
 use crate::proto::client::{Goal, Negotiated, Negotiation, Outcome, Plan};
 use crate::socket::{tune_tcp, tune_unix};
+use crate::tls::{ClientTls, MaybeTls, TlsClient, TlsError};
+use crate::uri::NbdUri;
 use crate::wire::{Framing, ServerEntry};
+
+/// The host of a server at the end of a Unix socket, or of a stream that the caller made.
+const LOCAL: &str = "localhost";
 
 /// How to connect.
 #[derive(Clone, Debug)]
@@ -28,11 +33,57 @@ pub struct ConnectOptions {
     pub time: Duration,
     /// What to do when the connection is lost; `None`: requests fail.
     pub reconnect: Option<Reconnect>,
+    /// Encrypt the connection with STARTTLS before anything else is asked, and leave a server that refuses; `None`: as
+    /// the URI says.
+    pub tls: Option<ClientTls>,
 }
 
 impl Default for ConnectOptions {
     fn default() -> ConnectOptions {
-        ConnectOptions { framing: Framing::Extended, contexts: Vec::new(), time: HANDSHAKE_TIME, reconnect: None }
+        ConnectOptions {
+            framing: Framing::Extended,
+            contexts: Vec::new(),
+            time: HANDSHAKE_TIME,
+            reconnect: None,
+            tls: None,
+        }
+    }
+}
+
+impl ConnectOptions {
+    /// The same options with what a URI says of TLS, for who dials it without [`super::Client::connect`]: its
+    /// certificates come before those that are here, and its `tls-hostname` or host is what the server must be.
+    ///
+    /// # Errors
+    /// [`ClientError::Tls`]: TLS is asked for and there are no certificates, or they cannot be used.
+    pub fn for_uri(&self, uri: &NbdUri) -> Result<ConnectOptions, ClientError> {
+        let mut options = self.clone();
+        if !uri.tls && self.tls.is_none() {
+            return Ok(options);
+        }
+        let mut tls = match (&uri.tls_certificates, options.tls.take()) {
+            (Some(directory), known) => {
+                ClientTls { tls: TlsClient::load(directory)?, host: known.and_then(|known| known.host) }
+            }
+            (None, Some(known)) => known,
+            (None, None) => return Err(TlsError::NoCertificates.into()),
+        };
+        tls.host = match (&uri.tls_hostname, tls.host, &uri.address) {
+            (Some(name), _, _) => Some(name.clone()),
+            (None, Some(name), _) => Some(name),
+            (None, None, Address::Tcp { host, .. }) => Some(host.clone()),
+            (None, None, Address::Unix(_)) => None,
+        };
+        options.tls = Some(tls);
+        Ok(options)
+    }
+
+    fn plan(&self, goal: Goal, export: &str) -> Plan {
+        let (framing, contexts) = match goal {
+            Goal::List => (Framing::Simple, Vec::new()),
+            Goal::Transmission | Goal::Info | Goal::Contexts => (self.framing, self.contexts.clone()),
+        };
+        Plan { goal, export: export.to_owned(), framing, contexts, tls: self.tls.is_some() }
     }
 }
 
@@ -65,26 +116,34 @@ pub(super) async fn connect(address: &Address, time: Duration) -> Result<Box<dyn
 /// what the Linux kernel's client wants.
 ///
 /// # Errors
-/// [`ClientError`] when the stream fails, the time of `options` is over, or the server refuses.
-pub async fn negotiate<S>(mut stream: S, export: &str, options: &ConnectOptions) -> Result<(S, Negotiated), ClientError>
+/// [`ClientError`] when the stream fails, the time of `options` is over, or the server refuses; also with TLS, which the
+/// kernel does not speak.
+pub async fn negotiate<S>(stream: S, export: &str, options: &ConnectOptions) -> Result<(S, Negotiated), ClientError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
+    if options.tls.is_some() {
+        return Err(TlsError::Kernel.into());
+    }
     let options = ConnectOptions { framing: Framing::Simple, contexts: Vec::new(), ..options.clone() };
-    let negotiated = enter(&mut stream, export, &options).await?;
-    Ok((stream, negotiated))
+    match enter(stream, export, &options).await? {
+        (MaybeTls::Plain(stream), negotiated) => Ok((stream, negotiated)),
+        _ => Err(TlsError::Kernel.into()),
+    }
 }
 
 /// Negotiates the transmission phase. After it, not a byte more has been read.
-pub(super) async fn enter<S>(stream: &mut S, export: &str, options: &ConnectOptions) -> Result<Negotiated, ClientError>
+pub(super) async fn enter<S>(
+    stream: S,
+    export: &str,
+    options: &ConnectOptions,
+) -> Result<(MaybeTls<S>, Negotiated), ClientError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let (export, contexts) = (export.to_owned(), options.contexts.clone());
-    let plan = Plan { goal: Goal::Transmission, export, framing: options.framing, contexts };
-    match outcome(stream, plan, options.time).await? {
-        Outcome::Export(negotiated) => Ok(negotiated),
-        Outcome::List(_) => Err(unexpected()),
+    match outcome(stream, Goal::Transmission, export, options).await? {
+        (stream, Outcome::Export(negotiated)) => Ok((stream, negotiated)),
+        _ => Err(unexpected()),
     }
 }
 
@@ -92,14 +151,13 @@ where
 ///
 /// # Errors
 /// [`ClientError`]; many servers refuse to list.
-pub async fn list<S>(mut stream: S, options: &ConnectOptions) -> Result<Vec<ServerEntry>, ClientError>
+pub async fn list<S>(stream: S, options: &ConnectOptions) -> Result<Vec<ServerEntry>, ClientError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let plan = Plan { goal: Goal::List, export: String::new(), framing: Framing::Simple, contexts: Vec::new() };
-    match outcome(&mut stream, plan, options.time).await? {
-        Outcome::List(entries) => Ok(entries),
-        Outcome::Export(_) => Err(unexpected()),
+    match outcome(stream, Goal::List, "", options).await? {
+        (stream, Outcome::List(entries)) => leave(stream, entries, options.time).await,
+        _ => Err(unexpected()),
     }
 }
 
@@ -107,48 +165,98 @@ where
 ///
 /// # Errors
 /// [`ClientError`]; a server without the INFO option refuses.
-pub async fn describe<S>(mut stream: S, export: &str, options: &ConnectOptions) -> Result<Negotiated, ClientError>
+pub async fn describe<S>(stream: S, export: &str, options: &ConnectOptions) -> Result<Negotiated, ClientError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let plan = Plan {
-        goal: Goal::Info,
-        export: export.to_owned(),
-        framing: options.framing,
-        contexts: options.contexts.clone(),
-    };
-    match outcome(&mut stream, plan, options.time).await? {
-        Outcome::Export(negotiated) => Ok(negotiated),
-        Outcome::List(_) => Err(unexpected()),
+    match outcome(stream, Goal::Info, export, options).await? {
+        (stream, Outcome::Export(negotiated)) => leave(stream, negotiated, options.time).await,
+        _ => Err(unexpected()),
     }
 }
 
-/// Runs a negotiation to its outcome. After it, not a byte more has been read.
-async fn outcome<S>(stream: &mut S, plan: Plan, time: Duration) -> Result<Outcome, ClientError>
+/// The meta contexts of an export that [`ConnectOptions::contexts`] ask for: names, or a namespace with its colon
+/// (`base:`) for all of it; without any, all that the server has (document: NBD_OPT_LIST_META_CONTEXT).
+///
+/// # Errors
+/// [`ClientError`]; a server without structured replies or without meta contexts refuses.
+pub async fn list_contexts<S>(stream: S, export: &str, options: &ConnectOptions) -> Result<Vec<String>, ClientError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
-    let mut negotiation = Negotiation::new(plan);
+    match outcome(stream, Goal::Contexts, export, options).await? {
+        (stream, Outcome::Contexts(names)) => leave(stream, names, options.time).await,
+        _ => Err(unexpected()),
+    }
+}
+
+/// Ends a connection that has answered, and passes the answer on: the server need not take the farewell.
+async fn leave<S, T>(mut stream: MaybeTls<S>, answer: T, time: Duration) -> Result<T, ClientError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    let _ = timeout(time, stream.shutdown()).await;
+    Ok(answer)
+}
+
+/// Runs a negotiation to its outcome, with TLS if the options have it. After it, not a byte more has been read.
+async fn outcome<S>(
+    stream: S,
+    goal: Goal,
+    export: &str,
+    options: &ConnectOptions,
+) -> Result<(MaybeTls<S>, Outcome), ClientError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    let mut negotiation = Negotiation::new(options.plan(goal, export));
     let negotiating = async {
-        let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
+        let mut stream = MaybeTls::Plain(stream);
+        let mut out = BytesMut::new();
         loop {
-            let outcome = negotiation.advance(&mut input, &mut out);
-            let sent = stream.write_all_buf(&mut out).await;
-            let sent = sent.and(stream.flush().await).map_err(failed);
-            // A server that refused need not take the farewell.
-            if let Some(outcome) = outcome? {
-                return sent.map(|()| outcome);
-            }
-            sent?;
-            if stream.read_buf(&mut input).await.map_err(failed)? == 0 {
-                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
-            }
+            let outcome = converse(&mut stream, &mut negotiation, &mut out).await?;
+            stream = match (outcome, stream, &options.tls) {
+                (Outcome::StartTls, MaybeTls::Plain(stream), Some(client)) => {
+                    let host = client.host.as_deref().unwrap_or(LOCAL);
+                    MaybeTls::Client(Box::new(client.tls.connect(host, stream).await?))
+                }
+                (outcome, stream, _) => return Ok((stream, outcome)),
+            };
+            negotiation.tls_started(&mut out);
         }
     };
-    timeout(time, negotiating).await.unwrap_or(Err(ClientError::HandshakeTime(time)))
+    timeout(options.time, negotiating).await.unwrap_or(Err(ClientError::HandshakeTime(options.time)))
+}
+
+/// Asks and is answered until the negotiation has an outcome; what is in `out` goes first.
+async fn converse<S>(stream: &mut S, negotiation: &mut Negotiation, out: &mut BytesMut) -> Result<Outcome, ClientError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin,
+{
+    let mut input = BytesMut::new();
+    loop {
+        let outcome = negotiation.advance(&mut input, out);
+        let sent = stream.write_all_buf(out).await;
+        let sent = sent.and(stream.flush().await);
+        // A server that refused need not take the farewell.
+        if let Some(outcome) = outcome? {
+            return sent.map(|()| outcome).map_err(failed);
+        }
+        let received = stream.read_buf(&mut input).await;
+        // A server that refuses our certificate says why before it hangs up.
+        if let Err(error) = sent {
+            return Err(failed(received.err().filter(TlsError::is_of_tls).unwrap_or(error)));
+        }
+        if received.map_err(failed)? == 0 {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+    }
 }
 
 fn failed(error: io::Error) -> ClientError {
+    if TlsError::is_of_tls(&error) {
+        return TlsError::handshake("the server", error).into();
+    }
     ClientError::Handshake(Arc::new(error))
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::address::Address;
 use crate::proto::client::NegotiationError;
+use crate::tls::TlsError;
 use crate::wire::{Command, Errno};
 
 /// Why an operation of a [`super::Client`] failed. It can be cloned, so that one failure can be told to several waiters.
@@ -28,9 +29,9 @@ pub enum ClientError {
     /// The handshake came to nothing.
     #[error(transparent)]
     Negotiation(#[from] NegotiationError),
-    /// The URI asks for TLS.
-    #[error("TLS is not built yet: use nbd:// or nbd+unix://, over a network that can be trusted")]
-    Tls,
+    /// There is no TLS, where it is asked for.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The connection has ended; nothing is known about requests that were in flight.
     #[error("the connection to the NBD server is closed: {reason}")]
     Closed {

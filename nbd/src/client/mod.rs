@@ -21,10 +21,11 @@ use self::reconnect::{Dial, Redial};
 use crate::export::{Extent, ZeroMode};
 use crate::limits::{CLIENT_LONGEST_PIECE, CLIENT_PIECES_IN_FLIGHT, CLIENT_QUEUE, MAX_PAYLOAD};
 use crate::proto::client::{Operation, Reply, Session};
+use crate::tls::MaybeTls;
 use crate::uri::NbdUri;
 use crate::wire::{Command, Framing, TransmissionFlags};
 
-pub use self::connect::{ConnectOptions, describe, list, negotiate};
+pub use self::connect::{ConnectOptions, describe, list, list_contexts, negotiate};
 pub use self::error::ClientError;
 pub use self::reconnect::Reconnect;
 /// What was negotiated for a connection.
@@ -63,12 +64,11 @@ impl Client {
     /// Connects to a server and enters the transmission phase of an export.
     ///
     /// # Errors
-    /// [`ClientError`]: nobody there, not an NBD server, no such export, TLS asked for, or out of time. The first
-    /// connection is tried once, also where [`ConnectOptions::reconnect`] is set.
+    /// [`ClientError`]: nobody there, not an NBD server, no such export, TLS asked for by one side and not by the other,
+    /// certificates that do not fit, or out of time. The first connection is tried once, also where
+    /// [`ConnectOptions::reconnect`] is set.
     pub async fn connect(uri: &NbdUri, options: &ConnectOptions) -> Result<Client, ClientError> {
-        if uri.tls {
-            return Err(ClientError::Tls);
-        }
+        let options = &options.for_uri(uri)?;
         let (address, time) = (uri.address.clone(), options.time);
         let dial = move || {
             let address = address.clone();
@@ -88,12 +88,11 @@ impl Client {
         F: Future<Output = Result<S, ClientError>> + Send + 'static,
     {
         let (name, wishes) = (export.to_owned(), options.clone());
-        let mut dial: Dial<S> = Box::new(move || {
+        let mut dial: Dial<MaybeTls<S>> = Box::new(move || {
             let (dialling, name, wishes) = (dial(), name.clone(), wishes.clone());
             Box::pin(async move {
-                let mut stream = dialling.await?;
-                let negotiated = connect::enter(&mut stream, &name, &wishes).await?;
-                Ok((stream, negotiated))
+                let stream = dialling.await?;
+                connect::enter(stream, &name, &wishes).await
             })
         });
         let (stream, info) = dial().await?;
@@ -106,11 +105,11 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`]: the stream failed, not an NBD server, no such export, or out of time.
-    pub async fn handshake<S>(mut stream: S, export: &str, options: &ConnectOptions) -> Result<Client, ClientError>
+    pub async fn handshake<S>(stream: S, export: &str, options: &ConnectOptions) -> Result<Client, ClientError>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let info = connect::enter(&mut stream, export, options).await?;
+        let (stream, info) = connect::enter(stream, export, options).await?;
         Ok(Client::start(stream, info, None))
     }
 
@@ -155,10 +154,30 @@ impl Client {
         Ok(whole.freeze())
     }
 
+    /// Reads `length` bytes in one piece (NBD_CMD_FLAG_DF): the server looks at all of them at once, or refuses with
+    /// EOVERFLOW where that is too much for it.
+    ///
+    /// # Errors
+    /// [`ClientError`], also where the server has no such reads, or takes no request of that length.
+    pub async fn read_whole(&self, offset: u64, length: u32) -> Result<Bytes, ClientError> {
+        self.check(Command::READ, offset, length.into())?;
+        self.need(TransmissionFlags::SEND_DF, Command::READ, offset, length.into())?;
+        if length == 0 {
+            return Ok(Bytes::new());
+        }
+        if length > self.info.longest_request() {
+            return Err(impossible(Command::READ, offset, length.into(), "it is longer than one request may be"));
+        }
+        match self.request(Operation::Read { offset, length, whole: true }).await? {
+            Reply::Data(data) => Ok(data),
+            _ => Err(self.fate.error()),
+        }
+    }
+
     /// `length` is one request's at most.
     async fn read_piece(&self, offset: u64, length: u64) -> Result<Bytes, ClientError> {
         let length = length as u32;
-        match self.request(Operation::Read { offset, length }).await? {
+        match self.request(Operation::Read { offset, length, whole: false }).await? {
             Reply::Data(data) => Ok(data),
             _ => Err(self.fate.error()),
         }
@@ -249,6 +268,19 @@ impl Client {
     /// # Errors
     /// [`ClientError`], also where the context was not granted.
     pub async fn block_status(&self, context: &str, offset: u64, length: u64) -> Result<Vec<Extent>, ClientError> {
+        self.status(context, offset, length, false).await
+    }
+
+    /// The extent of a meta context that begins at `offset`, as far as `length` at most (NBD_CMD_FLAG_REQ_ONE).
+    ///
+    /// # Errors
+    /// [`ClientError`], also where the context was not granted.
+    pub async fn block_status_one(&self, context: &str, offset: u64, length: u64) -> Result<Extent, ClientError> {
+        let extents = self.status(context, offset, length, true).await?;
+        extents.first().copied().ok_or_else(|| ClientError::NoContext(context.to_owned()))
+    }
+
+    async fn status(&self, context: &str, offset: u64, length: u64, one: bool) -> Result<Vec<Extent>, ClientError> {
         let known = self.info.contexts.iter().find(|known| known.name == context);
         let id = known.ok_or_else(|| ClientError::NoContext(context.to_owned()))?.id;
         self.check(Command::BLOCK_STATUS, offset, length)?;
@@ -258,7 +290,7 @@ impl Client {
         let length = length.min(self.longest_range());
         let one_of_many = self.info.contexts.len() > 1 && self.has(TransmissionFlags::BLOCK_STATUS_PAYLOAD);
         let contexts = if one_of_many { vec![id] } else { Vec::new() };
-        let found = match self.request(Operation::BlockStatus { offset, length, contexts }).await? {
+        let found = match self.request(Operation::BlockStatus { offset, length, contexts, one }).await? {
             Reply::Status(contexts) => contexts.into_iter().find(|found| found.id == id),
             _ => None,
         };

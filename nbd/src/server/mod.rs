@@ -1,28 +1,30 @@
 //! The server's tokio driver.
 //!
 //! [`serve_connection`] takes one client, over any stream, from the greeting to its end. [`Listener`] accepts clients
-//! on an address and ends in order. How one connection works is told
-//! in `connection.rs`.
+//! on an address and ends in order. `negotiate.rs` is the handshake, with TLS where the client begins it;
+//! `connection.rs` is the transmission phase.
 
 mod budget;
 mod connection;
 mod flight;
 pub mod listener;
+mod negotiate;
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::budget::Share;
 use self::connection::Connection;
+use self::negotiate::{Client, negotiate};
 use crate::export::Exports;
 use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES};
-use crate::proto::server::{Entered, Handshake, HandshakeError, Step};
+use crate::proto::server::{HandshakeError, TlsMode};
+use crate::tls::{TlsError, TlsServer};
 use crate::wire::WireError;
 
 pub use budget::Budget;
@@ -55,6 +57,38 @@ pub struct ServeOptions {
     pub max_handshakes: usize,
     /// What all connections with a clone of these options may have in flight together.
     pub budget: Arc<Budget>,
+    /// Whether clients may or must encrypt.
+    pub tls: TlsPolicy,
+}
+
+/// Whether clients of a server may or must encrypt the connection with STARTTLS. A stream that is encrypted already, as
+/// the caller knows, is served with [`TlsPolicy::Off`].
+#[derive(Clone, Debug, Default)]
+pub enum TlsPolicy {
+    /// They cannot.
+    #[default]
+    Off,
+    /// They may. Who does not is served all the same: for private addresses only.
+    Offered(TlsServer),
+    /// They must: before TLS, no option is answered, and nothing is told about exports.
+    Required(TlsServer),
+}
+
+impl TlsPolicy {
+    fn mode(&self) -> TlsMode {
+        match self {
+            TlsPolicy::Off => TlsMode::Off,
+            TlsPolicy::Offered(_) => TlsMode::Offered,
+            TlsPolicy::Required(_) => TlsMode::Required,
+        }
+    }
+
+    fn server(&self) -> Option<&TlsServer> {
+        match self {
+            TlsPolicy::Off => None,
+            TlsPolicy::Offered(server) | TlsPolicy::Required(server) => Some(server),
+        }
+    }
 }
 
 impl Default for ServeOptions {
@@ -66,6 +100,7 @@ impl Default for ServeOptions {
             max_connections: MAX_CONNECTIONS,
             max_handshakes: MAX_HANDSHAKES,
             budget: Arc::default(),
+            tls: TlsPolicy::default(),
         }
     }
 }
@@ -95,6 +130,9 @@ pub enum ServerError {
     /// The client took too long.
     #[error("the client did not finish the handshake within {} s", .0.as_secs_f32())]
     HandshakeTime(Duration),
+    /// The client began TLS, and it came to nothing.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The client's requests are not requests.
     #[error("the client breaks the protocol")]
     Protocol(#[from] WireError),
@@ -119,7 +157,7 @@ where
 
 /// As [`serve_connection`]; the client enters transmission when `admission` is ready, whose value is kept to its end.
 async fn serve_admitted<S, A>(
-    mut stream: S,
+    stream: S,
     exports: Arc<dyn Exports>,
     options: &ServeOptions,
     shutdown: CancellationToken,
@@ -129,19 +167,18 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send,
     A: Future,
 {
-    let mut input = BytesMut::new();
-    let negotiating = handshake(&mut stream, exports.as_ref(), &mut input, &shutdown, admission);
     let out_of_time = async {
         tokio::select! {
             () = sleep(options.handshake_time) => Err(ServerError::HandshakeTime(options.handshake_time)),
-            () = async { shutdown.cancelled().await; sleep(HANDSHAKE_DRAIN_TIME).await } => Ok(None),
+            () = async { shutdown.cancelled().await; sleep(HANDSHAKE_DRAIN_TIME).await } => Ok(Ended::ShutDown),
         }
     };
-    let entered = tokio::select! {
+    let client = tokio::select! {
         biased;
-        entered = negotiating => entered?,
-        end = out_of_time => end?,
+        client = negotiate(stream, exports, &options.tls, &shutdown, admission) => client?,
+        end = out_of_time => return end,
     };
+    let Client { mut stream, input, entered } = client;
     let Some((entered, _admission)) = entered else {
         // The peer may be gone already.
         let _ = timeout(options.drain_time, stream.shutdown()).await;
@@ -153,53 +190,4 @@ where
     let ended = Connection::new(stream, input, entered, share).run(options, shutdown).await;
     tracing::debug!(export = name, ?ended, "a client has left");
     ended
-}
-
-/// `None` when the client left. After `shutdown`, its options are refused.
-async fn handshake<S, A>(
-    stream: &mut S,
-    exports: &dyn Exports,
-    input: &mut BytesMut,
-    shutdown: &CancellationToken,
-    admission: A,
-) -> Result<Option<(Entered, A::Output)>, ServerError>
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send,
-    A: Future,
-{
-    let mut out = BytesMut::new();
-    let mut handshake = Handshake::new(&mut out);
-    loop {
-        if !out.is_empty() {
-            stream.write_all_buf(&mut out).await?;
-            stream.flush().await?;
-        }
-        if shutdown.is_cancelled() {
-            handshake.shut_down();
-        }
-        match handshake.advance(input, exports, &mut out)? {
-            Step::NeedMore => {
-                let received = tokio::select! {
-                    received = stream.read_buf(input) => received?,
-                    // Once is enough: what comes after it is refused.
-                    () = shutdown.cancelled(), if !handshake.is_shutting_down() => continue,
-                };
-                if received == 0 {
-                    return Ok(None);
-                }
-            }
-            Step::Answered => {}
-            Step::Enter(entered) => {
-                let admitted = admission.await;
-                stream.write_all_buf(&mut out).await?;
-                stream.flush().await?;
-                return Ok(Some((entered, admitted)));
-            }
-            Step::Aborted => {
-                // A client that leaves need not wait for the answer.
-                let _ = stream.write_all_buf(&mut out).await;
-                return Ok(None);
-            }
-        }
-    }
 }

@@ -202,7 +202,7 @@ impl Raw {
     pub async fn enter_with(export: Arc<dyn Export>, framing: Framing, options: ServeOptions, buffer: usize) -> Raw {
         let Served { mut stream, ended, shutdown } = serve(export, options, buffer);
         let contexts = vec!["base:allocation".to_owned()];
-        let plan = Plan { goal: Goal::Transmission, export: "disk".into(), framing, contexts };
+        let plan = Plan { goal: Goal::Transmission, export: "disk".into(), framing, contexts, tls: false };
         let mut negotiation = Negotiation::new(plan);
         let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
         let negotiated = loop {
@@ -210,7 +210,7 @@ impl Raw {
             stream.write_all_buf(&mut out).await.unwrap();
             match outcome {
                 Some(Outcome::Export(negotiated)) => break negotiated,
-                Some(Outcome::List(_)) => panic!("a list that was not asked for"),
+                Some(other) => panic!("{other:?}, which was not asked for"),
                 None => assert!(stream.read_buf(&mut input).await.unwrap() > 0, "hung up in the handshake"),
             }
         };

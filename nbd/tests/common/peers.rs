@@ -142,7 +142,7 @@ impl TheirServer {
 
     pub async fn try_connect(&mut self, export: &str, options: &ConnectOptions) -> Result<Client, ClientError> {
         let address = Address::Unix(self.directory.path().join("s"));
-        let uri = NbdUri { address, export: export.to_owned(), tls: false };
+        let uri = NbdUri::new(address, export);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
         loop {
             match Client::connect(&uri, options).await {
@@ -195,7 +195,7 @@ impl NbdServer {
     }
 
     pub async fn connect(&self, export: &str, options: &ConnectOptions) -> Result<Client, ClientError> {
-        let uri = NbdUri { address: self.address.clone(), export: export.to_owned(), tls: false };
+        let uri = NbdUri::new(self.address.clone(), export);
         let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
         loop {
             match Client::connect(&uri, options).await {

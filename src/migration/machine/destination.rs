@@ -195,6 +195,16 @@ impl DestinationMachine {
         self.lease.send_beat(now)
     }
 
+    /// Whether the container runs here, or would if it were not frozen.
+    pub fn container_runs(&self) -> bool {
+        self.runs
+    }
+
+    /// Whether the container stands still because its reads wait for the source.
+    pub fn is_starving(&self) -> bool {
+        self.starving
+    }
+
     /// The lease as it is held.
     pub fn lease(&self) -> &HeldLease {
         &self.lease
@@ -246,7 +256,8 @@ impl DestinationMachine {
                 machine.record.phase = next;
                 machine.record.owned = true;
                 machine.journal();
-                machine.effects.extend([DestinationEffect::Open, DestinationEffect::StartPull]);
+                machine.effects.push_back(DestinationEffect::Open);
+                machine.start_pull();
                 machine.answer(Ok(()));
                 Ok(())
             }),
@@ -296,6 +307,9 @@ impl DestinationMachine {
             }
             DestinationEvent::Resumed { runs } => {
                 self.runs = runs;
+                if runs && self.record.phase == DestinationPhase::Active {
+                    self.start_pull();
+                }
                 let starves = self.starving && self.record.phase == DestinationPhase::Active;
                 if starves || matches!(self.record.phase, DestinationPhase::Fenced | DestinationPhase::Discarded) {
                     self.effects.push_back(DestinationEffect::FreezeContainer);
@@ -344,7 +358,7 @@ impl DestinationMachine {
                 {
                     self.effects.push_back(DestinationEffect::Open);
                     self.thaw();
-                    self.effects.push_back(DestinationEffect::StartPull);
+                    self.start_pull();
                 }
                 self.fence_if_over(now);
                 self.tell_complete(now);
@@ -380,8 +394,7 @@ impl DestinationMachine {
     /// Everything is here: it is compared, then the source is told. But never before the container runs here: what the
     /// source keeps of it would be gone.
     fn tell_complete(&mut self, now: BootTime) {
-        let moved = self.runs || self.record.container.is_none();
-        if !self.all_durable || !moved || self.record.phase != DestinationPhase::Active {
+        if !self.all_durable || !self.moved() || self.record.phase != DestinationPhase::Active {
             return;
         }
         if !self.verified {
@@ -392,6 +405,18 @@ impl DestinationMachine {
         } else if !self.telling {
             self.telling = true;
             self.effects.push_back(DestinationEffect::TellComplete(self.grant));
+        }
+    }
+
+    /// Whether there is nothing that still has to come to life here.
+    fn moved(&self) -> bool {
+        self.runs || self.record.container.is_none()
+    }
+
+    /// Not before the container runs: no disk content competes with the pause.
+    fn start_pull(&mut self) {
+        if self.moved() {
+            self.effects.push_back(DestinationEffect::StartPull);
         }
     }
 
@@ -419,6 +444,7 @@ impl DestinationMachine {
     }
 
     fn discard(&mut self) {
+        self.runs = false;
         self.effects.push_back(DestinationEffect::FreezeContainer);
         self.effects.push_back(DestinationEffect::Hold);
         if self.step(DestinationStep::Discard).is_ok() {

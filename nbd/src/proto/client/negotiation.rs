@@ -1,6 +1,6 @@
 //! The client's handshake.
 //!
-//! The order is: greeting, EXTENDED_HEADERS (or STRUCTURED_REPLY where the server has them not), SET_META_CONTEXT, then
+//! The order is: greeting, STARTTLS where TLS is wanted, EXTENDED_HEADERS (or STRUCTURED_REPLY where the server has them not), SET_META_CONTEXT, then
 //! GO, INFO or LIST. Each step that the server does not know is passed over; a server without GO is asked with
 //! EXPORT_NAME. Nothing is sent before the answer to the last
 //! option is here, so that no byte of the transmission phase can arrive while this runs.
@@ -23,6 +23,8 @@ pub enum Goal {
     Info,
     /// List the exports and leave.
     List,
+    /// List the meta contexts of the export and leave.
+    Contexts,
 }
 
 /// What to negotiate.
@@ -35,8 +37,10 @@ pub struct Plan {
     /// The best form of requests and replies to ask for; a server without it is asked for the next best. Meta contexts
     /// need [`Framing::Structured`] at least.
     pub framing: Framing,
-    /// The meta contexts to ask for.
+    /// The meta contexts to ask for; for [`Goal::Contexts`] also namespaces with their colon, or none for all.
     pub contexts: Vec<String>,
+    /// Begin TLS before anything else, and leave a server that refuses it.
+    pub tls: bool,
 }
 
 /// What a server granted.
@@ -69,6 +73,10 @@ pub enum Outcome {
     Export(Negotiated),
     /// The server's exports.
     List(Vec<ServerEntry>),
+    /// The names of the export's meta contexts.
+    Contexts(Vec<String>),
+    /// The stream is to be encrypted now; then the negotiation goes on with [`Negotiation::tls_started`].
+    StartTls,
 }
 
 /// Why a negotiation failed. The connection is of no more use.
@@ -92,8 +100,21 @@ pub enum NegotiationError {
         message: String,
     },
     /// TLS is asked for.
-    #[error("the server wants TLS{}", said(.0))]
+    #[error("the server wants TLS{}: use nbds:// (or nbds+unix://) with tls-certificates=DIRECTORY", said(.0))]
     TlsRequired(String),
+    /// TLS is refused, and the connection was given up before anything was asked in plain text.
+    #[error("the server refused TLS ({reply}){}: give it certificates, or use nbd:// where the network can be trusted", said(.message))]
+    TlsRefused {
+        /// The error.
+        reply: OptionReply,
+        /// What the server said.
+        message: String,
+    },
+    /// Plaintext after the answer to STARTTLS may be somebody else's.
+    #[error(
+        "something without encryption came after the server had begun TLS: somebody may be meddling with the connection"
+    )]
+    PlaintextAfterStartTls,
     /// Any other refusal.
     #[error("the server refused {option}: {reply}{}", said(.message))]
     Refused {
@@ -133,6 +154,7 @@ pub struct Negotiation {
     exported: bool,
     replies: usize,
     list: Vec<ServerEntry>,
+    names: Vec<String>,
     negotiated: Negotiated,
 }
 
@@ -146,6 +168,7 @@ impl Negotiation {
             exported: false,
             replies: 0,
             list: Vec::new(),
+            names: Vec::new(),
             negotiated: Negotiated {
                 size: 0,
                 flags: TransmissionFlags::NONE,
@@ -160,8 +183,8 @@ impl Negotiation {
         }
     }
 
-    /// Takes what stands in `input` and appends what is to be sent to `out`. At the outcome of [`Goal::Info`] and
-    /// [`Goal::List`] that is an ABORT.
+    /// Takes what stands in `input` and appends what is to be sent to `out`. At the outcome of [`Goal::Info`],
+    /// [`Goal::List`] and [`Goal::Contexts`] that is an ABORT.
     ///
     /// # Errors
     /// [`NegotiationError`]: hang up. After a refusal there is an ABORT to be sent first.
@@ -202,6 +225,9 @@ impl Negotiation {
             };
             if let Some(outcome) = outcome {
                 if !input.is_empty() {
+                    if outcome == Outcome::StartTls {
+                        return Err(NegotiationError::PlaintextAfterStartTls);
+                    }
                     return Err(NegotiationError::Broken("it sends before it is asked"));
                 }
                 return Ok(Some(outcome));
@@ -233,13 +259,29 @@ impl Negotiation {
             .with_if(ClientFlags::NO_ZEROES, self.no_zeroes);
         out.put_u32(answer.0);
         match self.plan.goal {
+            _ if self.plan.tls && !fixed => return Err(NegotiationError::NotFixed("begin TLS")),
             Goal::List if !fixed => return Err(NegotiationError::NotFixed("list its exports")),
             Goal::Info if !fixed => return Err(NegotiationError::NotFixed("describe an export")),
+            Goal::Contexts if !fixed => return Err(NegotiationError::NotFixed("list meta contexts")),
             Goal::Transmission if !fixed => self.ask_export_name(out),
-            Goal::List => self.ask(OptionCode::LIST, b"", out),
-            _ => self.ask_for_framing(self.plan.framing, out),
+            _ if self.plan.tls => self.ask(OptionCode::STARTTLS, b"", out),
+            _ => self.ask_first(out),
         }
         Ok(true)
+    }
+
+    /// Goes on over the encrypted stream, after [`Outcome::StartTls`]. Appends the next option to `out`.
+    pub fn tls_started(&mut self, out: &mut BytesMut) {
+        self.ask_first(out);
+    }
+
+    fn ask_first(&mut self, out: &mut BytesMut) {
+        match self.plan.goal {
+            Goal::List => self.ask(OptionCode::LIST, b"", out),
+            // They need one of them.
+            Goal::Contexts => self.ask_for_framing(self.plan.framing.max(Framing::Structured), out),
+            _ => self.ask_for_framing(self.plan.framing, out),
+        }
     }
 
     fn ask(&mut self, option: OptionCode, data: &[u8], out: &mut BytesMut) {
@@ -257,12 +299,14 @@ impl Negotiation {
     }
 
     fn ask_for_contexts(&mut self, out: &mut BytesMut) {
-        if !self.negotiated.framing.has_chunks() || self.plan.contexts.is_empty() {
+        let listing = self.plan.goal == Goal::Contexts;
+        if !listing && (!self.negotiated.framing.has_chunks() || self.plan.contexts.is_empty()) {
             return self.ask_for_export(out);
         }
         let mut data = BytesMut::new();
         MetaQuery { export: self.plan.export.clone(), queries: self.plan.contexts.clone() }.encode(&mut data);
-        self.ask(OptionCode::SET_META_CONTEXT, &data, out);
+        let option = if listing { OptionCode::LIST_META_CONTEXT } else { OptionCode::SET_META_CONTEXT };
+        self.ask(option, &data, out);
     }
 
     fn ask_for_export(&mut self, out: &mut BytesMut) {
@@ -310,6 +354,7 @@ impl Negotiation {
             return refused.map(|()| None);
         }
         match (option, reply) {
+            (OptionCode::STARTTLS, OptionReply::ACK) => return Ok(Some(Outcome::StartTls)),
             (OptionCode::EXTENDED_HEADERS | OptionCode::STRUCTURED_REPLY, OptionReply::ACK) => {
                 let extended = option == OptionCode::EXTENDED_HEADERS;
                 self.negotiated.framing = if extended { Framing::Extended } else { Framing::Structured };
@@ -317,6 +362,13 @@ impl Negotiation {
             }
             (OptionCode::SET_META_CONTEXT, OptionReply::META_CONTEXT) => self.context(MetaContext::decode(data)?)?,
             (OptionCode::SET_META_CONTEXT, OptionReply::ACK) => self.ask_for_export(out),
+            (OptionCode::LIST_META_CONTEXT, OptionReply::META_CONTEXT) => {
+                self.names.push(MetaContext::decode(data)?.name);
+            }
+            (OptionCode::LIST_META_CONTEXT, OptionReply::ACK) => {
+                OptionHeader::encode(OptionCode::ABORT, b"", out);
+                return Ok(Some(Outcome::Contexts(std::mem::take(&mut self.names))));
+            }
             (OptionCode::LIST, OptionReply::SERVER) => self.list.push(ServerEntry::decode(data)?),
             (OptionCode::LIST, OptionReply::ACK) => {
                 OptionHeader::encode(OptionCode::ABORT, b"", out);
@@ -347,10 +399,15 @@ impl Negotiation {
     ) -> Result<(), NegotiationError> {
         match (option, reply) {
             (_, OptionReply::ERR_TLS_REQD) => return Err(NegotiationError::TlsRequired(message)),
+            (OptionCode::STARTTLS, reply) if reply != OptionReply::ERR_SHUTDOWN => {
+                return Err(NegotiationError::TlsRefused { reply, message });
+            }
             // The document has the client leave.
             (_, OptionReply::ERR_SHUTDOWN) => return Err(NegotiationError::Refused { option, reply, message }),
             (OptionCode::EXTENDED_HEADERS, _) => self.ask_for_framing(Framing::Structured, out),
-            (OptionCode::STRUCTURED_REPLY, _) => self.ask_for_framing(Framing::Simple, out),
+            (OptionCode::STRUCTURED_REPLY, _) if self.plan.goal != Goal::Contexts => {
+                self.ask_for_framing(Framing::Simple, out)
+            }
             // A server that does not know the option, or no such context; an unknown export shows at GO.
             (OptionCode::SET_META_CONTEXT, _) => {
                 self.negotiated.contexts.clear();
@@ -360,7 +417,7 @@ impl Negotiation {
             (OptionCode::GO, OptionReply::ERR_UNSUP) if self.negotiated.framing != Framing::Extended => {
                 self.ask_export_name(out);
             }
-            (OptionCode::GO | OptionCode::INFO, OptionReply::ERR_UNKNOWN) => {
+            (OptionCode::GO | OptionCode::INFO | OptionCode::LIST_META_CONTEXT, OptionReply::ERR_UNKNOWN) => {
                 return Err(NegotiationError::NoSuchExport { name: self.plan.export.clone(), message });
             }
             _ => return Err(NegotiationError::Refused { option, reply, message }),

@@ -3,7 +3,13 @@
 use super::*;
 
 fn plan(goal: Goal) -> Plan {
-    Plan { goal, export: "disk".into(), framing: Framing::Extended, contexts: vec!["base:allocation".into()] }
+    Plan {
+        goal,
+        export: "disk".into(),
+        framing: Framing::Extended,
+        contexts: vec!["base:allocation".into()],
+        tls: false,
+    }
 }
 
 /// Plays the server: each entry is what it sends next; the answer is how the negotiation ended.

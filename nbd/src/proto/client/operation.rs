@@ -15,6 +15,8 @@ pub enum Operation {
         offset: u64,
         /// Length in bytes.
         length: u32,
+        /// In one chunk or not at all (NBD_CMD_FLAG_DF). Needs a server that offers it.
+        whole: bool,
     },
     /// Write bytes.
     Write {
@@ -62,6 +64,8 @@ pub enum Operation {
         length: u64,
         /// Ids of the contexts to hear of; none for all. Needs a server that takes a payload here.
         contexts: Vec<u32>,
+        /// Only the first extent of each context (NBD_CMD_FLAG_REQ_ONE).
+        one: bool,
     },
 }
 
@@ -105,6 +109,7 @@ impl Operation {
         let mut payload = Bytes::new();
         let none = CommandFlags::NONE;
         let flags = match self {
+            Operation::Read { whole, .. } => none.with_if(CommandFlags::DF, *whole),
             Operation::Write { data, fua, .. } => {
                 payload = data.clone();
                 none.with_if(CommandFlags::FUA, *fua).with_if(CommandFlags::PAYLOAD_LEN, framing == Framing::Extended)
@@ -114,10 +119,12 @@ impl Operation {
                 .with_if(CommandFlags::FUA, *fua)
                 .with_if(CommandFlags::NO_HOLE, mode.no_hole)
                 .with_if(CommandFlags::FAST_ZERO, mode.fast),
-            Operation::BlockStatus { contexts, .. } if !contexts.is_empty() => {
-                payload = StatusQuery { length, contexts: contexts.iter().filter_map(context).collect() }.encode();
-                length = payload.len() as u64;
-                CommandFlags::PAYLOAD_LEN
+            Operation::BlockStatus { contexts, one, .. } => {
+                if !contexts.is_empty() {
+                    payload = StatusQuery { length, contexts: contexts.iter().filter_map(context).collect() }.encode();
+                    length = payload.len() as u64;
+                }
+                none.with_if(CommandFlags::REQ_ONE, *one).with_if(CommandFlags::PAYLOAD_LEN, !contexts.is_empty())
             }
             _ => none,
         };

@@ -73,6 +73,8 @@ pub enum ProtocolError {
 struct Pending<T> {
     token: T,
     command: Command,
+    /// The server must answer with one chunk of content, or one extent of each context.
+    single: bool,
     offset: u64,
     length: u64,
     assembly: Option<Assembly>,
@@ -134,6 +136,7 @@ impl<T> Session<T> {
         let pending = Pending {
             token,
             command: request.command,
+            single: request.flags.contains(CommandFlags::DF) || request.flags.contains(CommandFlags::REQ_ONE),
             offset: request.offset,
             length: operation.length(),
             assembly: None,
@@ -354,6 +357,9 @@ impl<T> Session<T> {
             ChunkType::OFFSET_DATA | ChunkType::OFFSET_HOLE => {
                 // A READ is never longer than 32 bits can say.
                 let (from, length) = (pending.offset, pending.length as u32);
+                if pending.single && pending.assembly.is_some() {
+                    return Err(broken("a second chunk of content, where one was asked for"));
+                }
                 let assembly = pending.assembly.get_or_insert_with(|| Assembly::new(from, length));
                 let offset = payload.get_u64();
                 let outcome = if header.kind == ChunkType::OFFSET_DATA {
@@ -373,6 +379,9 @@ impl<T> Session<T> {
                 }
                 let wide = header.kind == ChunkType::BLOCK_STATUS_EXT;
                 let extents = extents(&mut payload, pending.length, wide).map_err(broken)?;
+                if pending.single && extents.len() > 1 {
+                    return Err(broken("a second extent, where one was asked for"));
+                }
                 pending.status.push(ContextExtents { id, extents });
             }
             kind if kind.is_error() => {

@@ -22,8 +22,8 @@ fn negotiated(framing: Framing) -> Negotiated {
     }
 }
 
-const READ: Operation = Operation::Read { offset: 1000, length: 8 };
-const STATUS: Operation = Operation::BlockStatus { offset: 0, length: 1000, contexts: Vec::new() };
+const READ: Operation = Operation::Read { offset: 1000, length: 8, whole: false };
+const STATUS: Operation = Operation::BlockStatus { offset: 0, length: 1000, contexts: Vec::new(), one: false };
 
 /// A session with one request in flight; its cookie is 1, its token 77.
 fn session(framing: Framing, operation: Operation) -> Session<u32> {
@@ -225,7 +225,7 @@ fn extended_replies_are_chunks_that_repeat_the_offset() {
 
 #[test]
 fn extents_come_in_either_width_with_extended_headers() {
-    let status = Operation::BlockStatus { offset: 1000, length: 5 << 32, contexts: Vec::new() };
+    let status = Operation::BlockStatus { offset: 1000, length: 5 << 32, contexts: Vec::new(), one: false };
     let words = |count: u32, list: &[u64]| {
         let mut payload = [7u32.to_be_bytes(), count.to_be_bytes()].concat();
         list.iter().for_each(|word| payload.extend(word.to_be_bytes()));
@@ -256,7 +256,7 @@ fn a_restart_sends_what_was_not_answered_in_order() {
     for token in 0..40 {
         session.submit(&write(u64::from(token)), token);
     }
-    let status = Operation::BlockStatus { offset: 0, length: 1000, contexts: vec![9] };
+    let status = Operation::BlockStatus { offset: 0, length: 1000, contexts: vec![9], one: false };
     session.submit(&status, 40);
     let reply = |cookie, kind, payload: &[u8]| {
         let (flags, offset, length) = (ChunkFlags::DONE, cookie - 1, payload.len() as u64);

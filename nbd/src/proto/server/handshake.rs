@@ -23,6 +23,22 @@ pub enum Step {
     Enter(Entered),
     /// The client left in an orderly way.
     Aborted,
+    /// TLS begins after the bytes in `out` have been sent; then the handshake goes on with [`Handshake::tls_started`].
+    StartTls,
+}
+
+/// What a client hears of TLS (document: "Server-side requirements").
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TlsMode {
+    /// There is none (NOTLS).
+    #[default]
+    Off,
+    /// It is there for who asks for it (SELECTIVETLS, with no export that needs it).
+    Offered,
+    /// Nothing is answered before it (FORCEDTLS).
+    Required,
+    /// It is in use.
+    Started,
 }
 
 /// What was negotiated.
@@ -60,7 +76,18 @@ pub enum HandshakeError {
     /// EXPORT_NAME has no way to answer an error.
     #[error("the client asked for an export with EXPORT_NAME while the server is shutting down")]
     ShuttingDown,
+    /// EXPORT_NAME has no way to answer an error.
+    #[error(
+        "the client asked for an export with EXPORT_NAME and without TLS, which is required here; it needs nbds://"
+    )]
+    TlsRequired,
+    /// Plaintext after STARTTLS may be somebody else's.
+    #[error("the client went on without encryption after STARTTLS, or somebody did in its name")]
+    PlaintextAfterStartTls,
 }
+
+/// What a client without TLS is told where it has to have it.
+const NEEDS_TLS: &str = "TLS is required here: connect with nbds:// and certificates";
 
 enum State {
     ClientFlags,
@@ -77,6 +104,7 @@ enum State {
 /// The handshake of one client.
 pub struct Handshake {
     state: State,
+    tls: TlsMode,
     no_zeroes: bool,
     shutting_down: bool,
     framing: Framing,
@@ -109,11 +137,26 @@ impl Handshake {
         out.put_u16((HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES).0);
         Handshake {
             state: State::ClientFlags,
+            tls: TlsMode::Off,
             no_zeroes: false,
             shutting_down: false,
             framing: Framing::Simple,
             chosen: None,
         }
+    }
+
+    /// The same handshake, with TLS as `tls` says.
+    pub fn with_tls(self, tls: TlsMode) -> Handshake {
+        Handshake { tls, ..self }
+    }
+
+    /// The stream is encrypted from here on: the handshake goes on after [`Step::StartTls`] as if no option had been
+    /// sent before it.
+    pub fn tls_started(&mut self) {
+        self.tls = TlsMode::Started;
+        self.state = State::Options;
+        self.framing = Framing::Simple;
+        self.chosen = None;
     }
 
     /// From now on, every option but ABORT is answered with ERR_SHUTDOWN.
@@ -169,12 +212,11 @@ impl Handshake {
         }
         if header.length > MAX_OPTION_DATA {
             input.advance(OptionHeader::LENGTH);
-            self.state = State::Skipping {
-                option: header.option,
-                left: header.length as usize,
-                reply: OptionReply::ERR_TOO_BIG,
-                text: "the data of the option is too long",
+            let (reply, text) = match self.tls {
+                TlsMode::Required => (OptionReply::ERR_TLS_REQD, NEEDS_TLS),
+                _ => (OptionReply::ERR_TOO_BIG, "the data of the option is too long"),
             };
+            self.state = State::Skipping { option: header.option, left: header.length as usize, reply, text };
             return self.advance(input, exports, out);
         }
         if input.len() < OptionHeader::LENGTH + header.length as usize {
@@ -182,7 +224,13 @@ impl Handshake {
         }
         input.advance(OptionHeader::LENGTH);
         let data = input.split_to(header.length as usize);
-        self.option(header.option, &data, exports, out)
+        let step = self.option(header.option, &data, exports, out)?;
+        // What was sent before the answer to STARTTLS is not encrypted, so that anybody may have put it there. A client
+        // waits for the answer: nothing is lost by not going on with one that does not.
+        if matches!(step, Step::StartTls) && !input.is_empty() {
+            return Err(HandshakeError::PlaintextAfterStartTls);
+        }
+        Ok(step)
     }
 
     fn option(
@@ -196,12 +244,23 @@ impl Handshake {
             |reply: OptionReply, text: &str| OptionReplyHeader::encode(option, reply, text.as_bytes(), out);
         match option {
             OptionCode::EXPORT_NAME if self.shutting_down => return Err(HandshakeError::ShuttingDown),
+            OptionCode::EXPORT_NAME if self.tls == TlsMode::Required => return Err(HandshakeError::TlsRequired),
             OptionCode::EXPORT_NAME => return self.export_name(data, exports, out),
             OptionCode::ABORT => {
                 answer(OptionReply::ACK, "");
                 return Ok(Step::Aborted);
             }
             _ if self.shutting_down => answer(OptionReply::ERR_SHUTDOWN, "the server is shutting down"),
+            OptionCode::STARTTLS => match self.tls {
+                TlsMode::Off => answer(OptionReply::ERR_POLICY, "TLS is not configured here: use nbd:// without it"),
+                TlsMode::Started => answer(OptionReply::ERR_INVALID, "TLS is in use already"),
+                _ if !data.is_empty() => answer(OptionReply::ERR_INVALID, "the option has no data"),
+                TlsMode::Offered | TlsMode::Required => {
+                    answer(OptionReply::ACK, "");
+                    return Ok(Step::StartTls);
+                }
+            },
+            _ if self.tls == TlsMode::Required => answer(OptionReply::ERR_TLS_REQD, NEEDS_TLS),
             OptionCode::LIST if data.is_empty() => list(exports, out),
             OptionCode::STRUCTURED_REPLY if data.is_empty() && self.framing == Framing::Extended => {
                 answer(OptionReply::ERR_EXT_HEADER_REQD, "extended headers are in use already");

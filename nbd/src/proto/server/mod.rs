@@ -9,5 +9,5 @@ pub mod reply;
 pub mod requests;
 
 pub use check::{Rules, check};
-pub use handshake::{Entered, Handshake, HandshakeError, Step};
+pub use handshake::{Entered, Handshake, HandshakeError, Step, TlsMode};
 pub use requests::{Incoming, Requests};

@@ -1,19 +1,20 @@
 //! The destination's container: restored from images, then guarded by the lease.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::guarded::Guarded;
 use super::{
-    MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, check_rootfs, failed, id, known_type, open_network, remove_file, remove_tree,
-    source_owner,
+    MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, attach_mounted, check_rootfs, failed, forget_rule, id, open_network,
+    remove_tree, rename, source_owner,
 };
 use crate::clock;
-use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec};
-use crate::device::{DeviceSlot, Via, mount, mounts_of};
-use crate::error::{Failure, Outcome};
+use crate::container::{Bundle, Cgroup, ContainerId, Error, Inspected, NetDrop, RestoreSpec};
+use crate::device::{DeviceSlot, mount, mounts_of};
+use crate::error::{Failure, Outcome, chain};
+use crate::migration::driver::ContainerState;
 use crate::migration::record::DestinationContainer;
 use crate::units::{BootTime, Epoch};
 
@@ -49,9 +50,15 @@ impl Places {
         self.state.join("images")
     }
 
-    /// The file that says that a container was restored from them.
-    fn used(&self) -> PathBuf {
-        self.state.join("images.used")
+    /// The checkpoint while a container is being restored from it: the memory in it may be older than the disk from now on,
+    /// whatever becomes of this host, so it is not used again.
+    fn restoring(&self) -> PathBuf {
+        self.state.join("images.restoring")
+    }
+
+    /// The checkpoint when the container runs, on its way out.
+    fn done(&self) -> PathBuf {
+        self.state.join("images.done")
     }
 }
 
@@ -87,8 +94,6 @@ impl DestinationHold {
                 found.status
             )));
         }
-        remove_tree(&self.places.images()).await?;
-        remove_file(&self.places.used()).await?;
         runtime.probe(self.places.state.join("probe")).await.map_err(|error| failed(&error))?;
         if let Some(drop) = self.net_drop()? {
             drop.install().await.map_err(|error| failed(&error))?;
@@ -99,36 +104,32 @@ impl DestinationHold {
     /// The disk attached and mounted, the container restored, its network open. A failure leaves the container gone.
     pub async fn resume(&self) -> Outcome<()> {
         let Some(container) = &self.container else { return Ok(()) };
-        self.start(container, Some(self.places.images())).await?;
-        remove_tree(&self.places.images()).await
+        self.start(container, Some(self.places.restoring())).await?;
+        remove_tree(&self.places.done()).await
     }
 
     /// After a restart of this host: the container is started anew, from what is on its disk.
     pub async fn cold_start(&self) -> Outcome<()> {
         let Some(container) = &self.container else { return Ok(()) };
+        if self.places.restoring().exists() {
+            // What is started now is no restore that broke off.
+            rename(self.places.restoring(), self.places.done()).await?;
+            remove_tree(&self.places.done()).await?;
+        }
         self.start(container, None).await?;
         tracing::info!(disk = self.disk, container = container.id, "started anew from its disk");
         Ok(())
     }
 
-    /// From here on the memory in the images may be older than the disk, whatever becomes of this host: they are used once.
+    /// Takes the images, once and for all.
     async fn use_images(&self) -> Outcome<()> {
-        let used = self.places.used();
-        if used.exists() {
+        if !self.places.images().exists() {
             return Err(Failure::refused(
-                "the checkpoint was used here before, and what ran from it may have written to the disk since: it cannot be \
-                 used again",
+                "the checkpoint is not here: it never came, or was used before, and what ran from it may have written to \
+                 the disk since",
             ));
         }
-        tokio::task::spawn_blocking(move || {
-            crate::files::write_atomically(
-                &used,
-                b"a container was restored from the images; they are not used again\n",
-            )
-            .map_err(|error| Failure::failed(format!("cannot write {}: {error}", used.display())))
-        })
-        .await
-        .map_err(|error| Failure::failed(format!("cannot use the checkpoint: {error}")))?
+        rename(self.places.images(), self.places.restoring()).await
     }
 
     /// From its images, or anew.
@@ -139,20 +140,19 @@ impl DestinationHold {
         let mount_point = self.mount_point()?;
         let begun = Instant::now();
         let told = |what| tracing::info!(disk = self.disk, elapsed_ms = begun.elapsed().as_millis(), "{what}");
-        let device = self.device.attach(Via::Auto, None).await?;
-        told("attached");
-        let mounted = mounts_of(&device).map_err(|error| failed(&error))?;
-        if !mounted.contains(&mount_point) {
-            let fstype = known_type(device.clone()).await?;
-            mount::mount(&device, &mount_point, fstype, &[], MOUNT_LIMIT).await.map_err(|error| failed(&error))?;
-        }
+        attach_mounted(&self.device, &mount_point).await?;
         told("mounted");
         check_rootfs(bundle.clone(), mount_point).await?;
         told("the root is there");
-        if images.is_none() && runtime.inspect(&id).await.is_ok_and(|found| found.pid.is_none()) {
+        if images.is_none()
+            && let Ok(found) = runtime.inspect(&id).await
+            && found.pid.is_none()
+            && self.is_of_this_disk(&found)
+        {
             // Only the name of the one that was here is left.
             runtime.kill_and_delete(&id).await.map_err(|error| failed(&error))?;
         }
+        let restoring = images.is_some();
         let spec = RestoreSpec {
             bundle,
             image_dir: images,
@@ -162,13 +162,17 @@ impl DestinationHold {
             tcp_established: container.tcp_established,
             limit: RESTORE_LIMIT,
         };
-        if spec.image_dir.is_some() {
+        if restoring {
             self.use_images().await?;
         }
         // Before there is anything to guard: a task that runs for a moment only must be stopped as well.
         self.guard.begin(&spec.cgroup).await?;
         runtime.restore(&id, spec).await.map_err(|error| failed(&error))?;
         told("it runs");
+        if restoring {
+            // Before it is heard of: what runs from here on is not an attempt that broke off.
+            rename(self.places.restoring(), self.places.done()).await?;
+        }
         if let Some(drop) = self.net_drop()? {
             // A container that comes back finds the rule of its own departure.
             let departed = NetDrop::new(drop.netns(), &source_owner(&self.disk));
@@ -179,14 +183,23 @@ impl DestinationHold {
         Ok(())
     }
 
-    /// Whether the container has outlived this host's node. The runtime is not asked: it takes its time while tasks wait
-    /// for their disk. A restore that was under way does not count; the source asks for it again.
-    pub fn outlived(&self) -> bool {
-        let Some(container) = &self.container else { return false };
-        let group = id(&container.id).and_then(|id| self.cgroup(&id));
-        let lives = group.is_ok_and(|group| group.is_populated().unwrap_or(false)) && !self.has_images();
+    /// What has become of the container when this host's node starts. The runtime is not asked: it takes its time while
+    /// tasks wait for their disk. A restore that broke off with the node is given up.
+    pub fn found(&self) -> ContainerState {
+        let Some(container) = &self.container else { return ContainerState::None };
+        if self.places.images().exists() {
+            return ContainerState::Awaited;
+        }
+        let Ok(cgroup) = id(&container.id).and_then(|id| self.cgroup(&id)) else { return ContainerState::Gone };
+        if self.places.restoring().exists() {
+            if let Err(error) = cgroup.kill() {
+                tracing::error!(disk = self.disk, error = chain(&error), "what a restore left cannot be ended");
+            }
+            return ContainerState::Gone;
+        }
+        let lives = cgroup.is_populated().unwrap_or(false);
         self.open.store(lives, Ordering::SeqCst);
-        lives
+        if lives { ContainerState::Running } else { ContainerState::Gone }
     }
 
     /// A guard for the container that outlived the node.
@@ -213,11 +226,6 @@ impl DestinationHold {
         })
     }
 
-    /// Whether the checkpoint is still here: it goes when the container has been restored from it.
-    pub fn has_images(&self) -> bool {
-        self.places.images().exists()
-    }
-
     /// Stops the tasks by the cgroup alone: tasks that wait for the stalled disk stop when it answers. Then nothing goes in
     /// or out any more: the kernel would acknowledge for the tasks what they may never get.
     pub async fn freeze(&self) {
@@ -239,7 +247,7 @@ impl DestinationHold {
     }
 
     /// A container that runs has its network, and another must not get it.
-    async fn network(&self, what: &str, act: impl AsyncFnOnce(NetDrop) -> Result<(), crate::container::Error>) {
+    async fn network(&self, what: &str, act: impl AsyncFnOnce(NetDrop) -> Result<(), Error>) {
         let acted = match self.net_drop() {
             Ok(Some(drop)) => act(drop).await.map_err(|error| failed(&error)),
             Ok(None) => Ok(()),
@@ -250,9 +258,10 @@ impl DestinationHold {
         }
     }
 
-    /// Container, mount, device and network rule go; what was written stays in the store.
-    pub async fn tear_down(&self) -> Outcome<()> {
-        if self.places.used().exists() {
+    /// Container, mount and device go; what was written stays in the store. Where the disk was `owned`, the network rule
+    /// stays too.
+    pub async fn tear_down(&self, owned: bool) -> Outcome<()> {
+        if owned {
             self.silence().await;
         }
         // The tasks first, whatever they wait for; then what they wait for, for what was not written is given up with the
@@ -266,10 +275,16 @@ impl DestinationHold {
         if let Some(container) = &self.container {
             outcome = outcome.and(self.remove_container(container).await);
         }
+        if !owned {
+            outcome = outcome.and(self.open_network().await);
+        }
         for mount in mounts.map_err(|error| failed(&error))? {
             outcome = outcome.and(mount::umount(&mount, MOUNT_LIMIT).await.map_err(|error| failed(&error)));
         }
-        outcome.and(remove_tree(&self.places.images()).await)
+        for images in [self.places.images(), self.places.restoring(), self.places.done()] {
+            outcome = outcome.and(remove_tree(&images).await);
+        }
+        outcome
     }
 
     /// A container that ran here has gone to where it came from, with its address: nothing here may still speak for that, not
@@ -284,17 +299,27 @@ impl DestinationHold {
 
     /// The network of a container that has gone is open again: the operator forgets the disk.
     pub async fn open_network(&self) -> Outcome<()> {
-        match self.net_drop()? {
-            Some(drop) if drop.netns().exists() => drop.remove().await.map_err(|error| failed(&error)),
-            _ => Ok(()),
-        }
+        forget_rule(self.net_drop()?).await
     }
 
     async fn remove_container(&self, container: &DestinationContainer) -> Outcome<()> {
         let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
-        runtime.kill_and_delete(&id).await.map_err(|error| failed(&error))?;
+        let removed = match runtime.inspect(&id).await {
+            Ok(found) if !self.is_of_this_disk(&found) => Ok(()),
+            // The runtime may have begun to make one.
+            Ok(_) | Err(Error::NoSuchContainer { .. }) => runtime.kill_and_delete(&id).await,
+            Err(error) => Err(error),
+        };
+        removed.map_err(|error| failed(&error))?;
         self.guard.end();
-        if self.places.used().exists() { Ok(()) } else { self.open_network().await }
+        Ok(())
+    }
+
+    /// Whether a container of the name is the one that came with this disk: it runs from the bundle that was derived here.
+    /// Another is somebody else's, and is not touched.
+    fn is_of_this_disk(&self, found: &Inspected) -> bool {
+        let real = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        real(&found.bundle).starts_with(real(&self.places.state))
     }
 
     /// Nobody is asked: a restore makes the container in this group or not at all, and a lease does not wait.

@@ -16,7 +16,7 @@ pub use destination::{DestinationHold, Places};
 pub use source::{Found, SourceHold};
 
 use crate::container::{Bundle, ContainerId, NetDrop, Runtime, announce};
-use crate::device::{DeviceSlot, mount, mounts_of};
+use crate::device::{DeviceSlot, Via, mount, mounts_of};
 use crate::error::{Failure, Outcome, chain};
 
 /// How long a restore may take before it is undone and the source goes on.
@@ -85,6 +85,24 @@ async fn open_network(drop: &NetDrop, other: Option<&NetDrop>) -> Outcome<()> {
     Ok(())
 }
 
+/// The network of a container that has gone is open again: the operator forgets the disk.
+async fn forget_rule(drop: Option<NetDrop>) -> Outcome<()> {
+    match drop {
+        Some(drop) if drop.netns().exists() => drop.remove().await.map_err(|error| failed(&error)),
+        _ => Ok(()),
+    }
+}
+
+/// Attaches the disk and mounts it there, as far as that is not so already.
+async fn attach_mounted(slot: &DeviceSlot, mount_point: &Path) -> Outcome<()> {
+    let device = slot.attach(Via::Auto, None).await?;
+    if mounts_of(&device).map_err(|error| failed(&error))?.iter().any(|mount| mount == mount_point) {
+        return Ok(());
+    }
+    let fstype = known_type(device.clone()).await?;
+    mount::mount(&device, mount_point, fstype, &[], MOUNT_LIMIT).await.map_err(|error| failed(&error))
+}
+
 /// By the magic numbers of the two file systems that containers live on; another is left to mount(8).
 fn type_of(block: &[u8; 4096]) -> Option<&'static str> {
     match (&block[..4], &block[0x438..0x43a]) {
@@ -131,6 +149,15 @@ async fn remove_file(path: &Path) -> Outcome<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Gives a file or directory of ours another name beside the old one, durably.
+async fn rename(from: PathBuf, to: PathBuf) -> Outcome<()> {
+    let failed = format!("cannot rename {} to {}", from.display(), to.display());
+    tokio::task::spawn_blocking(move || std::fs::rename(&from, &to).and_then(|()| crate::files::sync_parent(&to)))
+        .await
+        .map_err(|error| Failure::failed(format!("{failed}: {error}")))?
+        .map_err(|error| Failure::failed(format!("{failed}: {error}")))
 }
 
 /// Makes everything below a directory durable.

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::{
-    MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, failed, id, known_type, lock, open_network, remove_file, remove_tree,
-    source_owner, sync_tree, unmount,
+    RESTORE_LIMIT, Runtimes, attach_mounted, failed, forget_rule, id, lock, open_network, remove_file, remove_tree,
+    rename, source_owner, sync_tree, unmount,
 };
-use crate::container::{Bundle, Cgroup, ContainerId, NetDrop, RestoreSpec, Runtime, quiesce};
-use crate::device::{DeviceSlot, Via, mount, mounts_of};
+use crate::container::{Bundle, Cgroup, ContainerId, Error, NetDrop, RestoreSpec, Runtime, quiesce};
+use crate::device::{DeviceSlot, mounts_of};
 use crate::error::{Failure, Outcome, chain};
 use crate::migration::record::SourceContainer;
 
@@ -128,10 +128,22 @@ impl SourceHold {
         self.images.with_extension("whole")
     }
 
+    /// The file that says that a restore from them was begun: they are not used again.
+    fn restoring(&self) -> PathBuf {
+        self.images.with_extension("restoring")
+    }
+
     /// After a restart of this host the frozen tasks are gone: the container comes back from its checkpoint, as it was
     /// frozen.
     async fn restore(&self, runtime: &dyn Runtime, id: &ContainerId, container: &SourceContainer) -> Outcome<()> {
         let images = &self.images;
+        if self.restoring().exists() {
+            return Err(Failure::failed(format!(
+                "container {id} does not exist any more, and its checkpoint in {} was used before, so that what ran from it \
+                 may have written to the disk since; start it anew with its runtime",
+                images.display()
+            )));
+        }
         if !self.whole().exists() {
             return Err(Failure::failed(format!(
                 "container {id} does not exist any more, and its checkpoint in {} is not complete; start it anew with its \
@@ -146,13 +158,7 @@ impl SourceHold {
             ))
         };
         let restored = async {
-            let device = self.device.attach(Via::Auto, None).await?;
-            if !mounts_of(&device).map_err(|error| failed(&error))?.contains(&container.mount) {
-                let fstype = known_type(device.clone()).await?;
-                mount::mount(&device, &container.mount, fstype, &[], MOUNT_LIMIT)
-                    .await
-                    .map_err(|error| failed(&error))?;
-            }
+            attach_mounted(&self.device, &container.mount).await?;
             let bundle = Bundle::read(&container.bundle).map_err(|error| failed(&error))?;
             if let Some(drop) = self.net_drop(container) {
                 drop.install().await.map_err(|error| failed(&error))?;
@@ -170,7 +176,17 @@ impl SourceHold {
                 tcp_established: container.tcp_established,
                 limit: RESTORE_LIMIT,
             };
-            runtime.restore(id, spec).await.map_err(|error| failed(&error))
+            // Durably, before it runs: if this host dies meanwhile, what ran may have written to the disk.
+            rename(self.whole(), self.restoring()).await?;
+            match runtime.restore(id, spec).await {
+                Ok(_) => Ok(()),
+                // It did not come to life, so it may be tried again.
+                Err(error) if !error.may_have_run() => {
+                    rename(self.restoring(), self.whole()).await?;
+                    Err(failed(&error))
+                }
+                Err(error) => Err(failed(&error)),
+            }
         };
         restored.await.map_err(kept)?;
         tracing::info!(container = %id, "restored from the checkpoint that was kept");
@@ -188,7 +204,7 @@ impl SourceHold {
         let gone = !known
             && match runtime.inspect(&id).await {
                 Ok(found) => found.pid.is_none(),
-                Err(error) => matches!(error, crate::container::Error::NoSuchContainer { .. }),
+                Err(error) => matches!(error, Error::NoSuchContainer { .. }),
             };
         if gone {
             self.restore(&*runtime, &id, &container).await?;
@@ -239,6 +255,7 @@ impl SourceHold {
     async fn remove_images(&self) -> Outcome<()> {
         // First what says that they are whole.
         remove_file(&self.whole()).await?;
+        remove_file(&self.restoring()).await?;
         remove_tree(&self.images).await?;
         remove_tree(&self.work()).await
     }
@@ -249,10 +266,7 @@ impl SourceHold {
 
     /// The network of a released container is open again: the operator forgets the disk.
     pub async fn open_network(&self, container: &SourceContainer) -> Outcome<()> {
-        match self.net_drop(container) {
-            Some(drop) if drop.netns().exists() => drop.remove().await.map_err(|error| failed(&error)),
-            _ => Ok(()),
-        }
+        forget_rule(self.net_drop(container)).await
     }
 
     fn held(&self) -> Option<SourceContainer> {

@@ -53,10 +53,10 @@ struct Driver {
     next_beat: BootTime,
     /// What the gate was told last.
     deadline: Option<Option<BootTime>>,
-    resumed: bool,
+    /// What the container is while it does not run here.
+    absent: ContainerState,
     fenced_since: Option<BootTime>,
     fenced: Duration,
-    starving: bool,
     tearing_down: bool,
     torn_down: bool,
     heard_at: Option<BootTime>,
@@ -80,10 +80,9 @@ impl Driver {
             resume_waiting: Vec::new(),
             next_beat: BootTime::default(),
             deadline: None,
-            resumed: false,
+            absent: ContainerState::Awaited,
             fenced_since: None,
             fenced: Duration::ZERO,
-            starving: false,
             tearing_down: false,
             torn_down: false,
             heard_at: None,
@@ -96,8 +95,10 @@ impl Driver {
         let mut told_durable = false;
         if self.machine.record().owned {
             // The node was restarted, perhaps under a container that lives.
-            self.resumed = self.world.hold.outlived();
-            self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
+            let found = self.world.hold.found();
+            let runs = found == ContainerState::Running;
+            self.absent = if runs { ContainerState::Gone } else { found };
+            self.machine.handle(clock::now(), DestinationEvent::Resumed { runs });
             let hold = self.world.hold.clone();
             self.guarding = Some(Box::pin(async move {
                 hold.guard_again().await;
@@ -135,12 +136,9 @@ impl Driver {
                 }
                 outcome = pending(&mut self.resuming) => {
                     self.resuming = None;
-                    self.resumed = outcome.is_ok();
-                    if self.resumed {
-                        // Not before: no disk content competes with the pause.
-                        self.world.export.set_background(true);
-                    }
-                    self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: self.resumed });
+                    // What failed is not begun again: the checkpoint has been used.
+                    self.absent = ContainerState::Gone;
+                    self.machine.handle(clock::now(), DestinationEvent::Resumed { runs: outcome.is_ok() });
                     if let Err(failure) = &outcome {
                         self.last_error = Some(failure.message.clone());
                     }
@@ -153,7 +151,7 @@ impl Driver {
                     // This node may have stood still since: then its lease is over, and thawing would make a second owner.
                     self.machine.handle(clock::now(), DestinationEvent::Tick);
                     // It froze while the lease was being renewed.
-                    if frozen && self.machine.record().phase == DestinationPhase::Active && !self.starving {
+                    if frozen && self.machine.record().phase == DestinationPhase::Active && !self.machine.is_starving() {
                         self.world.hold.set_frozen(false);
                     }
                 }
@@ -222,7 +220,7 @@ impl Driver {
                         "{} is {} at epoch {} on this host, so its container cannot be resumed at epoch {epoch}",
                         self.world.disk, record.phase, record.epoch
                     ))));
-                } else if self.resumed {
+                } else if self.machine.container_runs() {
                     let _ = reply.send(Ok(()));
                 } else {
                     self.resume_waiting.push(reply);
@@ -249,9 +247,8 @@ impl Driver {
                 // Closed I/O makes what is being restored fail; it is torn down by the same hold afterwards.
                 let resuming = self.resuming.take();
                 let waiting = std::mem::take(&mut self.resume_waiting);
-                self.resumed = false;
                 self.tearing_down = true;
-                let hold = self.world.hold.clone();
+                let (hold, owned) = (self.world.hold.clone(), self.machine.record().owned);
                 self.running = Some(Box::pin(async move {
                     if let Some(resuming) = resuming {
                         let outcome = resuming.await;
@@ -260,16 +257,15 @@ impl Driver {
                         }
                     }
                     for left in (0..TEAR_DOWN_TRIES).rev() {
-                        let Err(failure) = hold.tear_down().await else { break };
+                        let Err(failure) = hold.tear_down(owned).await else { break };
                         tracing::error!(%failure, left, "what is left of the discarded migration could not be removed");
-                        tokio::time::sleep(TEAR_DOWN_PAUSE.min(TEAR_DOWN_PAUSE * left)).await;
+                        if left > 0 {
+                            tokio::time::sleep(TEAR_DOWN_PAUSE).await;
+                        }
                     }
                     DestinationEvent::Done
                 }));
                 return;
-            }
-            if effect == DestinationEffect::StartPull && !self.may_pull() {
-                continue;
             }
             let performed = perform(self.world.clone(), effect.clone(), self.progress(), self.subject());
             match effect {
@@ -313,10 +309,9 @@ impl Driver {
             _ if record.container.is_none() => ContainerState::None,
             DestinationPhase::Discarded => ContainerState::None,
             DestinationPhase::Preparing | DestinationPhase::Ready => ContainerState::Awaited,
-            _ if !self.resumed && self.world.hold.has_images() => ContainerState::Awaited,
-            _ if !self.resumed => ContainerState::Gone,
+            _ if !self.machine.container_runs() => self.absent,
             DestinationPhase::Fenced => ContainerState::Frozen,
-            _ if self.starving => ContainerState::Starved,
+            _ if self.machine.is_starving() => ContainerState::Starved,
             _ => ContainerState::Running,
         }
     }
@@ -325,10 +320,10 @@ impl Driver {
     fn look_for_starvation(&mut self) {
         let Some(limit) = self.world.starve_after else { return };
         // A restore that reads is let read.
-        let starving = self.resumed && self.world.export.longest_wait().is_some_and(|wait| wait >= limit);
-        if starving != self.starving {
+        let starving =
+            self.machine.container_runs() && self.world.export.longest_wait().is_some_and(|wait| wait >= limit);
+        if starving != self.machine.is_starving() {
             tracing::warn!(disk = self.world.disk, starving, "the container's reads wait for the source");
-            self.starving = starving;
             self.machine.handle(clock::now(), DestinationEvent::Starving(starving));
         }
     }
@@ -345,11 +340,6 @@ impl Driver {
             }
             _ => {}
         }
-    }
-
-    /// A container that moves along is resumed first.
-    fn may_pull(&self) -> bool {
-        self.resumed || self.machine.record().container.is_none()
     }
 
     fn start_beat(&mut self) {

@@ -160,7 +160,7 @@ fn the_fence_freezes_and_a_renewal_lets_go_on() {
     assert_eq!(host.does(DestinationEvent::Resumed { runs: true }), ["freeze"], "a restore that ended late");
     assert_eq!(host.answered(GRANTED), ["open", "thaw", "pull", "verify"]);
     assert!(host.may_write());
-    assert_eq!(host.does(DestinationEvent::Resumed { runs: true }), [""; 0]);
+    assert_eq!(host.does(DestinationEvent::Resumed { runs: true }), ["pull"]);
 }
 
 #[test]
@@ -207,11 +207,11 @@ fn nothing_is_released_before_the_container_runs_here_and_all_was_compared() {
     let record = DestinationRecord { container: Some(container), ..destination_record("m", EPOCH, Timings::default()) };
     let mut host = Host { machine: DestinationMachine::new(record, Beat(1)), now: at(100) };
     host.does(DestinationEvent::ExportReady);
-    host.activate();
+    assert_eq!(host.activate(), ["journal active", "open", "done"]);
     assert_eq!(host.does(DestinationEvent::AllDurable), [""; 0]);
     assert_eq!(host.does(DestinationEvent::Resumed { runs: false }), [""; 0], "the source still has it");
     assert_eq!(host.answered(GRANTED), [""; 0]);
-    host.does(DestinationEvent::Resumed { runs: true });
+    assert_eq!(host.does(DestinationEvent::Resumed { runs: true }), ["pull"], "and no earlier");
     assert_eq!(host.answered(GRANTED), ["verify"]);
     assert_eq!(host.answered(GRANTED), [""; 0], "one comparison at a time");
     assert_eq!(host.does(DestinationEvent::Verified(Err(failure("differs")))), [""; 0]);
@@ -234,7 +234,7 @@ fn a_container_that_would_wait_for_its_disk_stands_still_meanwhile() {
     assert_eq!(host.does(DestinationEvent::Starving(true)), ["freeze"]);
     assert_eq!(host.does(DestinationEvent::Starving(true)), [""; 0]);
     assert!(host.may_write(), "the lease holds");
-    assert_eq!(host.does(DestinationEvent::Resumed { runs: true }), ["freeze"], "a restore that ended late");
+    assert_eq!(host.does(DestinationEvent::Resumed { runs: true }), ["pull", "freeze"], "a restore that ended late");
     host.now = at(108);
     assert_eq!(host.does(DestinationEvent::Tick), ["freeze", "hold"]);
     assert_eq!(host.answered(GRANTED), ["open", "pull"], "the link is back, but the block is not here yet");
