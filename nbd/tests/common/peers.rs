@@ -110,7 +110,8 @@ impl TheirServer {
         TheirServer::start("nbdkit", &fixed, &["file", "DIR/image"], Some(content))
     }
 
-    fn start(program: &str, fixed: &[&str], arguments: &[&str], content: Option<&[u8]>) -> TheirServer {
+    /// Any server that listens on `DIR/s`, with `DIR/image` of this content.
+    pub fn start(program: &str, fixed: &[&str], arguments: &[&str], content: Option<&[u8]>) -> TheirServer {
         let directory = tempfile::tempdir().unwrap();
         if let Some(content) = content {
             std::fs::write(directory.path().join("image"), content).unwrap();
@@ -181,13 +182,18 @@ pub struct NbdServer {
 
 impl NbdServer {
     pub async fn start(content: &[u8]) -> NbdServer {
+        NbdServer::start_with(content, "").await
+    }
+
+    /// With further lines for all exports.
+    pub async fn start_with(content: &[u8], generic: &str) -> NbdServer {
         let directory = tempfile::tempdir().unwrap();
         let place = directory.path().to_str().unwrap();
         std::fs::write(directory.path().join("image"), content).unwrap();
         // A port that was free a moment ago.
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let config = format!(
-            "[generic]\nlistenaddr = 127.0.0.1\nport = {port}\nallowlist = true\n\
+            "[generic]\nlistenaddr = 127.0.0.1\nport = {port}\nallowlist = true\n{generic}\
              [disk]\nexportname = {place}/image\nflush = true\nfua = true\ntrim = true\n"
         );
         std::fs::write(directory.path().join("config"), config).unwrap();

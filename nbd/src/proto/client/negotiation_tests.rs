@@ -168,3 +168,99 @@ fn a_server_that_shuts_down_is_left() {
         assert_eq!(last.option, OptionCode::ABORT);
     }
 }
+
+fn over_tls(goal: Goal) -> Plan {
+    Plan { tls: true, ..plan(goal) }
+}
+
+#[test]
+fn tls_comes_first_and_then_everything_else() {
+    for (goal, first) in [
+        (Goal::Transmission, OptionCode::EXTENDED_HEADERS),
+        (Goal::Info, OptionCode::EXTENDED_HEADERS),
+        (Goal::List, OptionCode::LIST),
+        (Goal::Contexts, OptionCode::EXTENDED_HEADERS),
+    ] {
+        let answer = reply(OptionCode::STARTTLS, OptionReply::ACK, b"");
+        for step in 1..=answer.len() {
+            let (mut input, mut out) = (BytesMut::new(), BytesMut::new());
+            let mut negotiation = Negotiation::new(over_tls(goal));
+            let mut last = None;
+            for piece in fixed().chunks(step).chain(answer.chunks(step)) {
+                assert_eq!(last, None, "{step}");
+                input.extend_from_slice(piece);
+                last = negotiation.advance(&mut input, &mut out).unwrap();
+            }
+            assert_eq!(last, Some(Outcome::StartTls), "{step}");
+            out.advance(4);
+            let mut only = BytesMut::new();
+            OptionHeader::encode(OptionCode::STARTTLS, b"", &mut only);
+            assert_eq!(out, only);
+            out.clear();
+            negotiation.tls_started(&mut out);
+            assert_eq!(OptionHeader::decode(&out).unwrap().option, first);
+        }
+    }
+}
+
+#[test]
+fn a_client_that_insists_on_tls_says_nothing_without_it() {
+    for refusal in
+        [OptionReply::ERR_UNSUP, OptionReply::ERR_POLICY, OptionReply::ERR_INVALID, OptionReply(1 << 31 | 99)]
+    {
+        let script = [fixed(), reply(OptionCode::STARTTLS, refusal, b"no")];
+        let (end, mut out) = play(over_tls(Goal::Transmission), &script);
+        assert_eq!(end, Err(NegotiationError::TlsRefused { reply: refusal, message: "no".into() }));
+        let mut expected = BytesMut::new();
+        expected.put_u32((ClientFlags::FIXED_NEWSTYLE | ClientFlags::NO_ZEROES).0);
+        OptionHeader::encode(OptionCode::STARTTLS, b"", &mut expected);
+        OptionHeader::encode(OptionCode::ABORT, b"", &mut expected);
+        assert_eq!(out.split(), expected);
+    }
+    let (end, out) = play(over_tls(Goal::Transmission), &[greeting(HandshakeFlags::NO_ZEROES)]);
+    assert_eq!(end, Err(NegotiationError::NotFixed("begin TLS")));
+    assert_eq!(out.len(), 4, "only the flags");
+}
+
+#[test]
+fn what_comes_in_plain_text_behind_the_answer_to_starttls_is_refused() {
+    let ack = reply(OptionCode::STARTTLS, OptionReply::ACK, b"");
+    let injected = reply(OptionCode::EXTENDED_HEADERS, OptionReply::ACK, b"");
+    for length in 1..=injected.len() {
+        let both = BytesMut::from(&[&ack[..], &injected[..length]].concat()[..]);
+        let (end, _) = play(over_tls(Goal::Transmission), &[fixed(), both]);
+        assert_eq!(end, Err(NegotiationError::PlaintextAfterStartTls), "{length}");
+    }
+}
+
+#[test]
+fn who_comes_without_tls_is_told_how_to_come_with_it() {
+    let script = [fixed(), reply(OptionCode::EXTENDED_HEADERS, OptionReply::ERR_TLS_REQD, b"TLS first")];
+    let error = play(plan(Goal::Transmission), &script).0.unwrap_err().to_string();
+    assert!(error.contains("nbds://") && error.contains("TLS first"), "{error}");
+}
+
+#[test]
+fn meta_contexts_are_listed() {
+    let context = |name: &str| {
+        let mut data = BytesMut::new();
+        MetaContext { id: 0, name: name.to_owned() }.encode(&mut data);
+        reply(OptionCode::LIST_META_CONTEXT, OptionReply::META_CONTEXT, &data)
+    };
+    let structured = |answer| reply(OptionCode::STRUCTURED_REPLY, answer, b"");
+    let done = reply(OptionCode::LIST_META_CONTEXT, OptionReply::ACK, b"");
+    // Whatever framing is asked for: contexts need chunks.
+    let plan = Plan { framing: Framing::Simple, ..plan(Goal::Contexts) };
+    let script = [fixed(), structured(OptionReply::ACK), context("base:allocation"), context("x:y"), done.clone()];
+    let (end, out) = play(plan.clone(), &script);
+    assert_eq!(end, Ok(Some(Outcome::Contexts(vec!["base:allocation".into(), "x:y".into()]))));
+    let mut abort = BytesMut::new();
+    OptionHeader::encode(OptionCode::ABORT, b"", &mut abort);
+    assert!(out.ends_with(&abort));
+    let (end, _) = play(plan.clone(), &[fixed(), structured(OptionReply::ACK), done]);
+    assert_eq!(end, Ok(Some(Outcome::Contexts(Vec::new()))));
+    let (end, _) = play(plan.clone(), &[fixed(), structured(OptionReply::ERR_UNSUP)]);
+    assert!(matches!(end, Err(NegotiationError::Refused { option: OptionCode::STRUCTURED_REPLY, .. })), "{end:?}");
+    let (end, _) = play(plan, &[greeting(HandshakeFlags::NONE)]);
+    assert!(matches!(end, Err(NegotiationError::NotFixed(_))));
+}

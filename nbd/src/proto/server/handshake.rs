@@ -422,3 +422,7 @@ fn list(exports: &dyn Exports, out: &mut BytesMut) {
 #[cfg(test)]
 #[path = "handshake_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "starttls_tests.rs"]
+mod starttls_tests;

@@ -86,7 +86,7 @@ fn unknown_client_flags_end_the_handshake() {
 fn an_unknown_option_is_answered_and_the_stream_stays_in_step() {
     let kinds = kinds(&[
         option(OptionCode(77), &[9; 100]),
-        option(OptionCode::STARTTLS, b""),
+        option(OptionCode(78), b""),
         option(OptionCode::PEEK_EXPORT, b"x"),
         option(OptionCode::LIST, b""),
     ]);
