@@ -287,7 +287,12 @@ async fn connecting_says_what_is_wrong() {
         let uri: NbdUri = uri.parse().unwrap();
         async move { Client::connect(&uri, &ConnectOptions::default()).await.map(drop).unwrap_err() }
     };
-    assert!(refused("nbds://localhost/x").await.to_string().starts_with("TLS is not built yet"));
+    assert!(
+        refused("nbds://localhost/x")
+            .await
+            .to_string()
+            .starts_with("TLS needs certificates: add tls-certificates=DIRECTORY")
+    );
     let error = refused("nbd+unix:///x?socket=/nonexistent/socket").await;
     assert_eq!(error.to_string(), "cannot connect to unix:/nonexistent/socket: is the server running there?");
     // A server that says nothing.

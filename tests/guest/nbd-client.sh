@@ -2,7 +2,7 @@
 # The protocol authors' nbd-client sets up the kernel's device on a node's exports: a local image and one that arrives
 # meanwhile; over a Unix socket and TCP, in sectors and in blocks of 4 KiB, over one connection and over two. A file
 # system is made, written to, mounted again and compared, each time with nothing left in the kernel's cache.
-# tests/run: timeout=400 memory=2048 disk=4
+# tests/run: timeout=600 memory=2048 disk=4
 set -euo pipefail
 work=$(mktemp -d -p "${TMPDIR:-/var/tmp}" nbd-client.XXXXXX)
 control=$work/control.sock mnt=$work/mnt device=/dev/nbd5
@@ -31,7 +31,7 @@ command -v nbd-client >/dev/null || fail "nbd-client is missing: install the pac
 
 ip link set lo up
 modprobe nbd
-size=$((96 << 20))
+size=$((48 << 20))
 truncate -s "$size" "$work/local.img"
 head -c "$size" /dev/urandom >"$work/source.img"
 nbdkit -f -r -U "$work/source.sock" file "$work/source.img" &
