@@ -135,6 +135,35 @@ fn nbdcopy_copies_both_ways() {
     }
 }
 
+#[test]
+fn holes_arrive_as_holes() {
+    // The first BLOCK_STATUS has the holes of the store found; then reads tell them, and DF has none.
+    let script = r"
+import nbd, sys
+h = nbd.NBD()
+h.add_meta_context('base:allocation')
+h.connect_uri(sys.argv[1])
+h.block_status(1, 0, lambda *arguments: 0)
+MIB = 1 << 20
+def chunks(flags):
+    seen = []
+    data = h.pread_structured(6 * MIB, 4 * MIB, lambda data, at, kind, error: seen.append((at, len(data), kind)), flags)
+    assert data == open(sys.argv[2], 'rb').read()[4 * MIB:10 * MIB]
+    return seen
+data, hole = nbd.READ_DATA, nbd.READ_HOLE
+assert chunks(0) == [(4 * MIB, MIB, data), (5 * MIB, 4 * MIB, hole), (9 * MIB, MIB, data)], chunks(0)
+assert chunks(nbd.CMD_FLAG_DF) == [(4 * MIB, 6 * MIB, data)]
+";
+    for kind in [Kind::Local, Kind::Pulled] {
+        let served = Served::start(kind);
+        if kind == Kind::Pulled {
+            served.node.cli(&["wait", "disk", "--timeout", "60s"]);
+        }
+        let image = served.path("source.img");
+        run("/usr/bin/python3", "python3-libnbd", &["-c", script, &served.uri(), &image]);
+    }
+}
+
 /// A script for libnbd's shell that keeps a model of the disk.
 const EVERY_COMMAND: &str = r"
 import errno, nbd, sys
