@@ -7,6 +7,7 @@ mod migrate;
 mod progress;
 mod serve;
 mod status;
+mod tls;
 mod values;
 
 use std::path::PathBuf;
@@ -165,6 +166,9 @@ enum Command {
         /// The export.
         name: DiskName,
     },
+    /// Certificates for nodes and NBD clients.
+    #[command(subcommand)]
+    Tls(tls::TlsCommand),
     /// Print a completion script.
     Completions {
         /// For which shell.
@@ -219,6 +223,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
             Command::Verify { name } => migrate::verify(&client, &answer, name).await,
             Command::Rollback { name, plan, wait } => migrate::rollback(&client, &answer, name, plan, wait).await,
             Command::ColdStart { name } => migrate::cold_start(&client, &answer, name).await,
+            Command::Tls(command) => tls::run(command, &answer),
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Arguments::command(), "lazy-migrate", &mut std::io::stdout());
                 Ok(())

@@ -1,7 +1,6 @@
 //! `serve`: this host's node, in the foreground, until it is told to stop.
 
 use std::collections::BTreeMap;
-use std::net::ToSocketAddrs;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,10 +11,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::usage;
 use crate::container::{Runc, Runtime};
 use crate::control::api::PullAsk;
-use crate::error::{Failure, Outcome};
+use crate::error::{Failure, Outcome, chain};
 use crate::migration::driver::Runtimes;
 use crate::migration::lease::Timings;
-use crate::node::{DiskName, NodeConfig, Running};
+use crate::node::{ClientRight, DiskName, NodeConfig, Running, is_private};
+use crate::peer::DEFAULT_PORT;
+use crate::peer::link::NodeTls;
 use crate::pull::Order;
 
 #[derive(Debug, clap::Args)]
@@ -32,12 +33,20 @@ pub(super) struct ServeArguments {
     /// Where peers dial this host [default: the address that its connections come from].
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
-    /// Certificates for the NBD and peer addresses; not in this version.
+    /// This host's certificates, as `tls init` makes them. The peer address then speaks TLS only, an NBD address that other
+    /// hosts can reach too.
     #[arg(long, value_name = "DIR", conflicts_with = "insecure")]
     tls: Option<PathBuf>,
     /// Listen on other hosts' networks although nothing is encrypted and nobody is authenticated.
     #[arg(long)]
     insecure: bool,
+    /// A host that may bring disks here, by the name in its certificate. May be given several times.
+    #[arg(long, value_name = "NAME", requires = "tls")]
+    allow_peer: Vec<String>,
+    /// What NBD clients with a certificate of that name see: these exports, or all. Others see none. May be given several
+    /// times.
+    #[arg(long, value_name = "NAME[=EXPORT,...]", requires = "tls")]
+    allow_client: Vec<ClientRight>,
     /// Make an image an export, as `add` does. May be given several times.
     #[arg(long, value_name = "NAME=IMAGE")]
     disk: Vec<String>,
@@ -101,19 +110,24 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
 }
 
 fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
-    if let Some(directory) = &arguments.tls {
-        return Err(usage(format!(
-            "--tls {}: this version has no TLS yet; use a network that is yours alone, and --insecure",
-            directory.display()
-        )));
-    }
-    let exposed = arguments.nbd.iter().filter(|address| !is_private(address)).map(ToString::to_string);
-    let exposed: Vec<_> = exposed.chain(arguments.peer.iter().filter(|peer| !is_loopback(peer)).cloned()).collect();
-    if !exposed.is_empty() {
+    let tls = match &arguments.tls {
+        Some(directory) => Some(NodeTls::load(directory).map_err(|error| {
+            usage(format!(
+                "--tls {}: {}; `lazy-migrate tls init` makes certificates",
+                directory.display(),
+                chain(&error)
+            ))
+        })?),
+        None => None,
+    };
+    let peer: Option<Address> = arguments.peer.as_deref().map(peer_address).transpose()?;
+    let exposed = arguments.nbd.iter().chain(&peer).filter(|address| !is_private(address));
+    let exposed: Vec<_> = exposed.map(ToString::to_string).collect();
+    if !exposed.is_empty() && tls.is_none() {
         if !arguments.insecure {
             return Err(usage(format!(
-                "{} can be reached from other hosts, and this version has no TLS yet: anybody there could read and \
-                 write the disks; say --insecure if that network is yours alone",
+                "{} can be reached from other hosts, where anybody could read and write the disks: give --tls DIR \
+                 (`lazy-migrate tls init DIR --host NAME` makes one), or say --insecure if that network is yours alone",
                 exposed.join(" and ")
             )));
         }
@@ -152,6 +166,9 @@ fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
         nbd: arguments.nbd.clone(),
         peer: arguments.peer.clone(),
         advertise: arguments.advertise.clone(),
+        tls,
+        allowed_peers: arguments.allow_peer.clone(),
+        clients: arguments.allow_client.iter().cloned().collect(),
         runtimes: Runtimes::new(runtimes),
         bundle_dir: absolute(&arguments.bundle_dir)?,
         mount_dir: absolute(&arguments.mount_dir)?,
@@ -166,13 +183,14 @@ fn pair(option: &str, text: &str) -> Outcome<(DiskName, String)> {
     Ok((name.parse().map_err(|error| usage(format!("{option} {text}: {error}")))?, value.into()))
 }
 
-fn is_private(address: &Address) -> bool {
-    match address {
-        Address::Unix(_) => true,
-        Address::Tcp { host, port } => is_loopback(&format!("{host}:{port}")),
+/// The peer address is always TCP, with its port.
+fn peer_address(text: &str) -> Outcome<Address> {
+    match text.parse() {
+        Ok(address @ Address::Tcp { .. })
+            if text.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok()) =>
+        {
+            Ok(address)
+        }
+        _ => Err(usage(format!("--peer {text}: a peer address is host:port, for example 10.0.0.1:{DEFAULT_PORT}"))),
     }
-}
-
-fn is_loopback(address: &str) -> bool {
-    address.to_socket_addrs().is_ok_and(|mut found| found.all(|address| address.ip().is_loopback()))
 }

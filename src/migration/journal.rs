@@ -132,6 +132,7 @@ mod tests {
             epoch: Epoch(1),
             phase,
             peer: "127.0.0.1:1".into(),
+            peer_name: None,
             timings: Timings::default(),
             container: None,
             policy: LinkPolicy::default(),

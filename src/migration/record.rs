@@ -87,6 +87,9 @@ pub struct SourceRecord {
     pub phase: SourcePhase,
     /// The destination's peer address.
     pub peer: String,
+    /// The name that the destination's certificate has; `None` where the link is not encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_name: Option<String>,
     /// The lease's timings.
     pub timings: Timings,
     /// The container, when one moves along.
@@ -121,6 +124,9 @@ pub struct DestinationRecord {
     pub owned: bool,
     /// Where the source's node answers: peer messages and blocks.
     pub source: String,
+    /// The name that the source's certificate has; `None` where the link is not encrypted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer_name: Option<String>,
     /// The disk's size in bytes.
     pub size: u64,
     /// The unit of the block map.
@@ -249,6 +255,7 @@ mod tests {
             epoch: Epoch(epoch),
             phase,
             peer: "10.0.0.2:10810".into(),
+            peer_name: None,
             timings: Timings::default(),
             container: None,
             policy: LinkPolicy::default(),

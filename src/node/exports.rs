@@ -1,47 +1,82 @@
 //! The node's disks as NBD exports: by name on every address, and those of migrations on the peer port.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use nbd::export::{Answer, Export, ExportInfo, Exports, Extent, ReadAnswer, ZeroMode};
+use nbd::tls::Identity;
 use nbd::wire::Errno;
 
 use super::disk::Role;
-use super::{DiskName, Node};
+use super::{Disk, DiskName, Node, Seen};
 use crate::export::LazyExport;
 use crate::migration::phase::SourcePhase;
+use crate::peer::link::Caller;
 
-/// Every disk of the node.
-pub(super) struct AllExports(pub(super) Arc<Node>);
+/// The node's disks, as far as a client may see them.
+pub(super) struct SeenExports {
+    node: Arc<Node>,
+    seen: Seen,
+}
 
-impl Exports for AllExports {
+impl SeenExports {
+    /// For who can be trusted: it came by a private address.
+    pub(super) fn all(node: Arc<Node>) -> Self {
+        Self { node, seen: Seen::All }
+    }
+
+    fn disks(&self) -> Vec<Arc<Disk>> {
+        let mut disks = self.node.disks();
+        disks.retain(|disk| self.seen.has(disk.name()));
+        disks
+    }
+}
+
+impl Exports for SeenExports {
+    fn seen_by(&self, client: &Identity) -> Option<Arc<dyn Exports>> {
+        let seen = self.node.config.clients.of(client);
+        if seen == Seen::Only(BTreeSet::new()) {
+            tracing::warn!(client = client.names().join(" "), "an NBD client sees nothing: no --allow-client names it");
+        }
+        Some(Arc::new(SeenExports { node: self.node.clone(), seen }))
+    }
+
     fn find(&self, name: &str) -> Option<Arc<dyn Export>> {
         if name.is_empty() {
             // The default export: the only one, where there is only one.
-            let mut disks = self.0.disks();
+            let mut disks = self.disks();
             return if disks.len() == 1 { disks.pop().map(|disk| Arc::new(disk.export.clone()) as _) } else { None };
         }
-        let disk = self.0.disk(&name.parse::<DiskName>().ok()?).ok()?;
+        let name = name.parse::<DiskName>().ok().filter(|name| self.seen.has(name))?;
+        let disk = self.node.disk(&name).ok()?;
         Some(Arc::new(disk.export.clone()))
     }
 
     fn list(&self) -> Vec<(String, String)> {
-        self.0.disks().iter().map(|disk| (disk.name().to_string(), disk.export.info().description)).collect()
+        self.disks().iter().map(|disk| (disk.name().to_string(), disk.export.info().description)).collect()
     }
 }
 
-/// The disks that this node gives away, for the other host alone.
-pub(super) struct MigrationExports(pub(super) Arc<Node>);
+/// The disks that this node gives away, for the host alone that each is given to.
+pub(super) struct MigrationExports {
+    pub(super) node: Arc<Node>,
+    pub(super) caller: Caller,
+}
 
 impl Exports for MigrationExports {
     fn find(&self, name: &str) -> Option<Arc<dyn Export>> {
-        let disk = self.0.disk(&name.parse::<DiskName>().ok()?).ok()?;
-        match disk.role() {
-            Role::Source(source, _) if source.view().record.phase != SourcePhase::Serving => {
-                Some(Arc::new(ReadOnly(disk.export.clone())))
-            }
-            _ => None,
+        let disk = self.node.disk(&name.parse::<DiskName>().ok()?).ok()?;
+        let Role::Source(source, _) = disk.role() else { return None };
+        let record = source.view().record;
+        if record.phase == SourcePhase::Serving {
+            return None;
         }
+        if let Err(failure) = self.caller.must_be(record.peer_name.as_deref()) {
+            tracing::warn!(disk = %disk.name(), %failure, "its blocks are not for this peer");
+            return None;
+        }
+        Some(Arc::new(ReadOnly(disk.export.clone())))
     }
 
     fn list(&self) -> Vec<(String, String)> {

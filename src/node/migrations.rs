@@ -25,6 +25,7 @@ use crate::migration::record::{
     DestinationContainer, DestinationRecord, LinkPolicy, MigrationId, Record, RollbackMode, SourceRecord,
 };
 use crate::peer::client::PeerClient;
+use crate::peer::link::{PeerAddress, host_of};
 use crate::peer::{self, PrepareAsk, Subject};
 use crate::pull::PullState;
 use crate::upstream::Upstream;
@@ -107,9 +108,10 @@ impl Node {
     pub async fn rollback_plan(&self, name: &DiskName) -> Outcome<RollbackReport> {
         let disk = self.disk(name)?;
         let (source, _) = disk.source()?;
-        let reachable = tokio::time::timeout(PLAN_TIME, tokio::net::TcpStream::connect(source.peer().address()))
-            .await
-            .is_ok_and(|connected| connected.is_ok());
+        let reachable =
+            tokio::time::timeout(PLAN_TIME, tokio::net::TcpStream::connect(source.peer().address().address()))
+                .await
+                .is_ok_and(|connected| connected.is_ok());
         let mut report = report(&disk, &source, reachable);
         report.safe_now |= report.phase == SourcePhase::HandedOver.name() && reachable;
         Ok(report)
@@ -192,9 +194,11 @@ impl Node {
                 "this node has no peer address, so no destination could fetch from it; start it with --peer",
             ));
         }
-        if to.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+        let Some(host) = to.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok()).and(host_of(to)) else {
             return Err(Failure::usage(format!("--to {to}: a peer address is host:port")));
-        }
+        };
+        // It must be the host that the operator named, now and later.
+        let peer_name = self.config.tls.is_some().then_some(host);
         let timings = self.config.timings;
         if policy.link_timeout < timings.beat * 3 {
             return Err(Failure::usage(format!(
@@ -257,7 +261,7 @@ impl Node {
             port: self.peer_port,
             container,
         };
-        let record = new_record(migration, epoch, to, timings, policy);
+        let record = new_record(migration, epoch, to, peer_name, timings, policy);
         let (handle, hold) = self.spawn_source(disk, SourceMachine::new(record), Some(ask));
         *role = Role::Source(handle.clone(), hold);
         Ok(handle)
@@ -275,7 +279,7 @@ impl Node {
             disk: disk.name().to_string(),
             export: disk.export.clone(),
             journal: disk.journal.clone(),
-            peer: Arc::new(PeerClient::new(&record.peer)),
+            peer: Arc::new(PeerClient::new(self.peer_at(&record.peer, record.peer_name.as_deref()))),
             ask,
             hold: hold.clone(),
         };
@@ -304,7 +308,7 @@ impl Node {
             disk: disk.name().to_string(),
             export: disk.export.clone(),
             journal: disk.journal.clone(),
-            peer: Arc::new(PeerClient::new(&record.source)),
+            peer: Arc::new(PeerClient::new(self.peer_at(&record.source, record.peer_name.as_deref()))),
             hold: hold.clone(),
             starve_after: self.config.starve_after,
         };
@@ -364,13 +368,21 @@ impl Node {
         Ok(())
     }
 
+    /// Another node, which has to prove the name that a migration was begun with.
+    pub(super) fn peer_at(&self, address: &str, name: Option<&str>) -> PeerAddress {
+        match (&self.config.tls, name) {
+            (Some(tls), Some(name)) => PeerAddress::secured(address, tls.client.clone(), name),
+            _ => PeerAddress::plain(address),
+        }
+    }
+
     /// The blocks of a disk at its source.
-    pub(super) fn migration_upstream(&self, name: &DiskName, from: &str) -> Upstream {
-        Upstream::dialed(Arc::new(peer::nbd::PeerDialer::new(from)), name.as_str())
+    pub(super) fn migration_upstream(&self, name: &DiskName, from: &PeerAddress) -> Upstream {
+        Upstream::dialed(Arc::new(peer::nbd::PeerDialer::new(from.clone())), name.as_str())
     }
 
     /// The export of a disk that comes from another node; everything is held until it is handed over.
-    pub(super) async fn open_migration(&self, spec: &DiskSpec, from: &str) -> Outcome<LazyExport> {
+    pub(super) async fn open_migration(&self, spec: &DiskSpec, from: &PeerAddress) -> Outcome<LazyExport> {
         let directory = self.directory(&spec.name);
         let mut config = ExportConfig::new(spec.name.as_str(), &directory, format!("migration of {}", spec.name));
         config.size = Some(spec.size);

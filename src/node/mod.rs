@@ -12,6 +12,7 @@ mod exports;
 mod migrations;
 mod name;
 mod peer;
+mod rights;
 mod spec;
 mod verify;
 
@@ -25,9 +26,10 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-pub use config::NodeConfig;
+pub use config::{NodeConfig, is_private};
 pub use disk::{Disk, Role};
 pub use name::{BadName, DiskName};
+pub use rights::{ClientRight, ClientRights, Seen};
 
 use crate::control::api::PullAsk;
 use crate::control::server::ControlSocket;
@@ -106,12 +108,14 @@ impl Running {
         }
         let tasks = TaskTracker::new();
         for listener in listeners {
-            let exports = Arc::new(exports::AllExports(node.clone()));
-            tasks.spawn(listener.run(exports, ServeOptions::default(), stop.clone()));
+            let tls = node.config.tls_policy(listener.address());
+            let exports = Arc::new(exports::SeenExports::all(node.clone()));
+            tasks.spawn(listener.run(exports, ServeOptions { tls, ..ServeOptions::default() }, stop.clone()));
         }
         if let Some(listener) = peer {
             let service = Arc::new(peer::Service(node.clone()));
-            tasks.spawn(crate::peer::server::serve(listener, service, stop.clone()));
+            let tls = node.config.tls.as_ref().map(|tls| tls.server.clone());
+            tasks.spawn(crate::peer::server::serve(listener, tls, service, stop.clone()));
         }
         let (served, token) = (node.clone(), stop.clone());
         tasks.spawn(async move {
@@ -344,7 +348,13 @@ impl Node {
                     LazyExport::local(name.as_str(), image, false).map_err(|error| Failure::failed(chain(&error)))?
                 }
                 Origin::Pull { .. } => self.open_pull(&spec).await?,
-                Origin::Migration { from } => self.open_migration(&spec, from).await?,
+                Origin::Migration { from } => {
+                    let name = match &record {
+                        Some(Record::Destination(record)) => record.peer_name.as_deref(),
+                        _ => None,
+                    };
+                    self.open_migration(&spec, &self.peer_at(from, name)).await?
+                }
             };
             if export.status().size != spec.size {
                 return Err(Failure::failed(format!(
@@ -377,7 +387,8 @@ impl Node {
         config.order = *order;
         config.rate = *rate;
         config.background = *background;
-        let upstream = Upstream::from_uri(from).map_err(|error| Failure::usage(chain(&error)))?;
+        let upstream = Upstream::from_uri(from, self.config.tls.as_ref().map(|tls| &tls.client))
+            .map_err(|error| Failure::usage(chain(&error)))?;
         LazyExport::lazy(config, upstream).await.map_err(|error| match error {
             ExportError::Upstream(UpstreamError::Dial { .. }) => Failure::unreachable(chain(&error)),
             error => Failure::failed(chain(&error)),

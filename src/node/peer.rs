@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use nbd::server::{ServeOptions, serve_connection};
-use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
 use super::disk::Role;
@@ -18,6 +17,7 @@ use crate::migration::driver::{DestinationHandle, check_unchanged, checksums};
 use crate::migration::machine::{BeatAnswer, DestinationEvent, DestinationMachine};
 use crate::migration::phase::DestinationPhase;
 use crate::migration::record::DestinationRecord;
+use crate::peer::link::{Caller, PeerStream};
 use crate::peer::server::PeerService;
 use crate::peer::{PrepareAsk, Reply, Request, Subject, images};
 
@@ -25,12 +25,12 @@ use crate::peer::{PrepareAsk, Reply, Request, Subject, images};
 pub(super) struct Service(pub(super) Arc<Node>);
 
 impl PeerService for Service {
-    fn answer(&self, from: SocketAddr, request: Request) -> BoxFuture<'_, Outcome<Reply>> {
+    fn answer(&self, from: Caller, request: Request) -> BoxFuture<'_, Outcome<Reply>> {
         Box::pin(self.0.answer(from, request))
     }
 
-    fn serve_nbd(&self, stream: TcpStream, stop: CancellationToken) -> BoxFuture<'_, ()> {
-        let exports = Arc::new(MigrationExports(self.0.clone()));
+    fn serve_nbd(&self, from: Caller, stream: PeerStream, stop: CancellationToken) -> BoxFuture<'_, ()> {
+        let exports = Arc::new(MigrationExports { node: self.0.clone(), caller: from });
         Box::pin(async move {
             if let Err(error) = serve_connection(stream, exports, &ServeOptions::default(), stop).await {
                 tracing::debug!(error = chain(&error), "a data connection ended");
@@ -38,31 +38,32 @@ impl PeerService for Service {
         })
     }
 
-    fn receive_images(&self, stream: TcpStream) -> BoxFuture<'_, ()> {
-        Box::pin(self.0.receive_images(stream))
+    fn receive_images(&self, from: Caller, stream: PeerStream) -> BoxFuture<'_, ()> {
+        Box::pin(self.0.receive_images(from, stream))
     }
 }
 
 impl Node {
-    async fn answer(self: &Arc<Self>, from: SocketAddr, request: Request) -> Outcome<Reply> {
+    async fn answer(self: &Arc<Self>, from: Caller, request: Request) -> Outcome<Reply> {
         match request {
             Request::Prepare(ask) => self.make_room(from, ask).await.map(|()| Reply::Done),
             Request::Handover { subject, beat } => {
-                let (_, destination) = self.coming(&subject)?;
+                let (_, destination) = self.coming(&subject, &from)?;
                 let epoch = subject.epoch;
                 destination.command(DestinationEvent::Activate { epoch, beat }).await.map(|()| Reply::Done)
             }
             Request::Resume { subject } => {
-                let (_, destination) = self.coming(&subject)?;
+                let (_, destination) = self.coming(&subject, &from)?;
                 destination.resume(subject.epoch).await.map(|()| Reply::Done)
             }
-            Request::Discard { subject, beat } => match self.coming(&subject) {
-                Ok((_, destination)) => {
+            Request::Discard { subject, beat } => match self.found(&subject) {
+                Some((_, destination)) => {
+                    from.must_be(destination.view().record.peer_name.as_deref())?;
                     let epoch = subject.epoch;
                     destination.command(DestinationEvent::Discard { epoch, beat }).await.map(|()| Reply::Done)
                 }
                 // Nothing of that migration is here, so nothing of it can own anything.
-                Err(_) => Ok(Reply::Done),
+                None => Ok(Reply::Done),
             },
             Request::Beat { subject, beat, phase, progress } => {
                 let disk = self.named(&subject)?;
@@ -70,6 +71,7 @@ impl Node {
                     return Err(Failure::refused(format!("{} is not given away by this host", subject.disk)));
                 };
                 let known = source.view().record;
+                from.must_be(known.peer_name.as_deref())?;
                 let answer = if known.migration == subject.migration {
                     source.beat(subject.epoch, beat, phase, progress).await?
                 } else if known.epoch > subject.epoch {
@@ -85,7 +87,9 @@ impl Node {
             Request::Complete { subject, progress, grant } => {
                 let disk = self.named(&subject)?;
                 let (source, _) = disk.source()?;
-                if source.view().record.migration != subject.migration {
+                let record = source.view().record;
+                from.must_be(record.peer_name.as_deref())?;
+                if record.migration != subject.migration {
                     return Err(Failure::refused(format!("{} is in another migration here", subject.disk)));
                 }
                 source.complete(subject.epoch, progress, grant).await.map(|()| Reply::Done)
@@ -94,6 +98,7 @@ impl Node {
                 let disk = self.named(&subject)?;
                 let (source, _) = disk.source()?;
                 let record = source.view().record;
+                from.must_be(record.peer_name.as_deref())?;
                 if record.migration != subject.migration || record.epoch != subject.epoch {
                     return Err(Failure::refused(format!("{} is in another migration here", subject.disk)));
                 }
@@ -106,7 +111,8 @@ impl Node {
     }
 
     /// A destination's answer to `prepare`: an empty export, connected to its source. Whatever fails leaves nothing.
-    async fn make_room(self: &Arc<Self>, from: SocketAddr, ask: PrepareAsk) -> Outcome<()> {
+    async fn make_room(self: &Arc<Self>, from: Caller, ask: PrepareAsk) -> Outcome<()> {
+        let peer_name = self.may_prepare(&from)?;
         let name: DiskName = ask.subject.disk.parse().map_err(Failure::refused)?;
         let timings = ask.timings.checked().map_err(Failure::refused)?;
         if let Ok(disk) = self.disk(&name) {
@@ -133,18 +139,19 @@ impl Node {
         let _changing = self.begin_new(&name)?;
         let source = match &ask.advertise {
             Some(address) => address.clone(),
-            None => SocketAddr::new(from.ip(), ask.port).to_string(),
+            None => SocketAddr::new(from.address.ip(), ask.port).to_string(),
         };
         let made = NewDirectory::make(&self.directory(&name))?;
         let origin = Origin::Migration { from: source.clone() };
         let spec = DiskSpec::new(name, ask.size, ask.block_size, origin);
-        let export = self.open_migration(&spec, &source).await?;
+        let export = self.open_migration(&spec, &self.peer_at(&source, peer_name.as_deref())).await?;
         let record = DestinationRecord {
             migration: ask.subject.migration,
             epoch: ask.subject.epoch,
             phase: DestinationPhase::Preparing,
             owned: false,
             source,
+            peer_name,
             size: ask.size,
             block_size: ask.block_size,
             timings,
@@ -161,7 +168,7 @@ impl Node {
 
     async fn ready(self: &Arc<Self>, disk: &Arc<Disk>, record: DestinationRecord) -> Outcome<()> {
         let hold = self.destination_hold(disk, &record);
-        let source = record.source.clone();
+        let source = self.peer_at(&record.source, record.peer_name.as_deref());
         let machine = DestinationMachine::new(record, first_beat()?);
         // The last that it does is to close the network that the container will have.
         hold.prepare().await?;
@@ -189,12 +196,12 @@ impl Node {
         handle.command(DestinationEvent::ExportReady).await
     }
 
-    async fn receive_images(self: &Arc<Self>, mut stream: TcpStream) {
+    async fn receive_images(self: &Arc<Self>, from: Caller, mut stream: PeerStream) {
         let received = async {
             let head = images::read_head(&mut stream)
                 .await
                 .map_err(|error| Failure::unreachable(format!("the checkpoint's stream broke: {error}")))?;
-            let (disk, destination) = self.coming(&head.subject)?;
+            let (disk, destination) = self.coming(&head.subject, &from)?;
             if destination.view().record.phase != DestinationPhase::Ready {
                 return Err(Failure::refused(format!("{} is not ready for a checkpoint", disk.name())));
             }
@@ -220,17 +227,36 @@ impl Node {
         self.disk(&subject.disk.parse().map_err(Failure::refused)?)
     }
 
-    /// The destination's side of exactly that migration.
-    fn coming(&self, subject: &Subject) -> Outcome<(Arc<Disk>, DestinationHandle)> {
-        let found = self.named(subject).ok().and_then(|disk| match disk.role() {
-            Role::Destination(handle) if handle.view().record.migration == subject.migration => Some((disk, handle)),
-            _ => None,
-        });
-        found.ok_or_else(|| {
+    /// The name by which the host that brings a disk proves who it is, if it has to.
+    fn may_prepare(&self, from: &Caller) -> Outcome<Option<String>> {
+        let Some(identity) = &from.identity else { return Ok(None) };
+        let known = self.config.allowed_peers.iter().find(|name| identity.is(name));
+        known.cloned().map(Some).ok_or_else(|| {
+            Failure::refused(format!(
+                "this host takes no disks from {} (its certificate names {}); start its node with --allow-peer NAME",
+                from.address,
+                from.names()
+            ))
+        })
+    }
+
+    /// The destination's side of exactly that migration, for the host that brings the disk.
+    fn coming(&self, subject: &Subject, from: &Caller) -> Outcome<(Arc<Disk>, DestinationHandle)> {
+        let (disk, destination) = self.found(subject).ok_or_else(|| {
             Failure::refused(format!(
                 "the destination takes no part in migration {} of {}; was it restarted? prepare it again",
                 subject.migration.0, subject.disk
             ))
-        })
+        })?;
+        from.must_be(destination.view().record.peer_name.as_deref())?;
+        Ok((disk, destination))
+    }
+
+    fn found(&self, subject: &Subject) -> Option<(Arc<Disk>, DestinationHandle)> {
+        let disk = self.named(subject).ok()?;
+        match disk.role() {
+            Role::Destination(handle) if handle.view().record.migration == subject.migration => Some((disk, handle)),
+            _ => None,
+        }
     }
 }

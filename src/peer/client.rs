@@ -8,17 +8,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
-use super::{PREAMBLE_MESSAGES, Reply, Request, Response, codec, tune};
+use super::link::{PeerAddress, PeerStream};
+use super::{PREAMBLE_MESSAGES, Reply, Request, Response, codec};
 use crate::error::Failure;
 
 /// How many idle connections are kept.
 const MAX_IDLE: usize = 4;
 
-type Connection = Framed<TcpStream, LengthDelimitedCodec>;
+type Connection = Framed<PeerStream, LengthDelimitedCodec>;
 
 /// A question that was not answered with yes.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,18 +39,18 @@ impl CallError {
 
 /// The other node, at an address.
 pub struct PeerClient {
-    address: String,
+    address: PeerAddress,
     idle: Mutex<Vec<Connection>>,
 }
 
 impl PeerClient {
     /// Nothing is dialled yet.
-    pub fn new(address: impl Into<String>) -> Self {
-        Self { address: address.into(), idle: Mutex::new(Vec::new()) }
+    pub fn new(address: PeerAddress) -> Self {
+        Self { address, idle: Mutex::new(Vec::new()) }
     }
 
-    /// `host:port`.
-    pub fn address(&self) -> &str {
+    /// Where it is.
+    pub fn address(&self) -> &PeerAddress {
         &self.address
     }
 
@@ -61,7 +60,7 @@ impl PeerClient {
         let silent = |why: String| {
             CallError::Silent(Failure::unreachable(format!(
                 "peer {} does not answer: {why}; check the link and the peer's node",
-                self.address
+                self.address.address()
             )))
         };
         let asked = async {
@@ -70,7 +69,7 @@ impl PeerClient {
             {
                 return Ok(response);
             }
-            let connection = dial(&self.address, PREAMBLE_MESSAGES).await?;
+            let connection = self.address.dial(PREAMBLE_MESSAGES).await?;
             self.ask(Framed::new(connection, codec()), request).await
         };
         match tokio::time::timeout(within, asked).await {
@@ -99,12 +98,4 @@ impl PeerClient {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Connection>> {
         self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
-}
-
-/// A connection to a node's peer port that begins with the given preamble.
-pub async fn dial(address: &str, preamble: &[u8]) -> std::io::Result<TcpStream> {
-    let mut stream = TcpStream::connect(address).await?;
-    tune(&stream)?;
-    stream.write_all(preamble).await?;
-    Ok(stream)
 }

@@ -5,12 +5,11 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::client::dial as dial_peer;
+use super::link::{PeerAddress, PeerStream};
 use super::{ImagesHead, MAX_FRAME_BYTES, PREAMBLE_IMAGES, Reply, Response, Subject};
 use crate::container::image_receiver::{ImageReceiver, Limits, ReceiveError, Received};
 use crate::container::image_stream::{Frame, QUEUE};
@@ -29,14 +28,14 @@ const MAX_IMAGE_BYTES: u64 = 1 << 40;
 const STALL_TIME: Duration = Duration::from_secs(60);
 
 /// A connection to the destination that carries the images of one checkpoint.
-pub async fn dial(address: &str, subject: &Subject) -> std::io::Result<TcpStream> {
-    let mut stream = dial_peer(address, PREAMBLE_IMAGES).await?;
+pub async fn dial(address: &PeerAddress, subject: &Subject) -> std::io::Result<PeerStream> {
+    let mut stream = address.dial(PREAMBLE_IMAGES).await?;
     write_json(&mut stream, &ImagesHead { subject: subject.clone() }).await?;
     Ok(stream)
 }
 
 /// Sends a directory while it grows; `dumped` says that it is whole. Returns when the destination has all of it.
-pub async fn send(mut stream: TcpStream, directory: &Path, dumped: CancellationToken) -> Outcome<Followed> {
+pub async fn send(mut stream: PeerStream, directory: &Path, dumped: CancellationToken) -> Outcome<Followed> {
     let lost = |error: std::io::Error| Failure::unreachable(format!("the checkpoint's stream broke: {error}"));
     let stalled = || {
         let seconds = STALL_TIME.as_secs();
@@ -61,6 +60,7 @@ pub async fn send(mut stream: TcpStream, directory: &Path, dumped: CancellationT
             timeout(STALL_TIME, stream.write_all(&buffer)).await.map_err(|_| stalled())?.map_err(lost)?;
             buffer.clear();
         }
+        timeout(STALL_TIME, stream.flush()).await.map_err(|_| stalled())?.map_err(lost)?;
         Ok::<_, Failure>(())
     };
     let (followed, written) = tokio::join!(follower.run(dumped), write);
@@ -78,12 +78,12 @@ pub async fn send(mut stream: TcpStream, directory: &Path, dumped: CancellationT
 }
 
 /// Reads what the connection is about.
-pub async fn read_head(stream: &mut TcpStream) -> std::io::Result<ImagesHead> {
+pub async fn read_head(stream: &mut PeerStream) -> std::io::Result<ImagesHead> {
     read_json(stream).await
 }
 
 /// Receives into a directory, and answers.
-pub async fn receive(stream: &mut TcpStream, directory: &Path) -> Outcome<Received> {
+pub async fn receive(stream: &mut PeerStream, directory: &Path) -> Outcome<Received> {
     // Not synced: after a crash of this host nothing is restored from them.
     let limits = Limits { bytes: MAX_IMAGE_BYTES, durable: false, ..Limits::default() };
     let received = match ImageReceiver::create(directory, limits) {
@@ -104,7 +104,7 @@ pub async fn receive(stream: &mut TcpStream, directory: &Path) -> Outcome<Receiv
 }
 
 /// Tells the source how it ended, as far as it still listens.
-pub async fn answer(stream: &mut TcpStream, outcome: Outcome<()>) {
+pub async fn answer(stream: &mut PeerStream, outcome: Outcome<()>) {
     let response = match outcome {
         Ok(()) => Response::Ok(Reply::Done),
         Err(failure) => Response::Err(failure),
@@ -114,7 +114,7 @@ pub async fn answer(stream: &mut TcpStream, outcome: Outcome<()>) {
     }
 }
 
-async fn read_frames(stream: &mut TcpStream, frames: mpsc::Sender<Frame>) -> Outcome<()> {
+async fn read_frames(stream: &mut PeerStream, frames: mpsc::Sender<Frame>) -> Outcome<()> {
     let mut buffer = BytesMut::with_capacity(READ_BYTES);
     loop {
         while let Some(frame) = Frame::decode(&mut buffer).map_err(|error| Failure::failed(chain(&error)))? {
@@ -134,13 +134,14 @@ async fn read_frames(stream: &mut TcpStream, frames: mpsc::Sender<Frame>) -> Out
     }
 }
 
-async fn write_json(stream: &mut TcpStream, value: &impl serde::Serialize) -> std::io::Result<()> {
+async fn write_json(stream: &mut PeerStream, value: &impl serde::Serialize) -> std::io::Result<()> {
     let json = serde_json::to_vec(value)?;
     stream.write_u32(u32::try_from(json.len()).map_err(std::io::Error::other)?).await?;
-    stream.write_all(&json).await
+    stream.write_all(&json).await?;
+    stream.flush().await
 }
 
-async fn read_json<T: serde::de::DeserializeOwned>(stream: &mut TcpStream) -> std::io::Result<T> {
+async fn read_json<T: serde::de::DeserializeOwned>(stream: &mut PeerStream) -> std::io::Result<T> {
     let length = stream.read_u32().await? as usize;
     if length > MAX_HEAD_BYTES.min(MAX_FRAME_BYTES) {
         return Err(std::io::Error::other("the peer sent a head that is too long"));

@@ -1,11 +1,12 @@
 //! The peer link: what two nodes say to each other, over the one port between hosts.
 //!
-//! A connection begins with eight bytes that say what it is: peer messages, the NBD data of a migration, or a
+//! Where the nodes have certificates, everything is inside TLS ([`link`]). A connection begins with eight bytes that say what it is: peer messages, the NBD data of a migration, or a
 //! checkpoint's images. Peer messages are questions and answers, JSON in length-prefixed frames; each side dials the
 //! other for its own questions, and every question may be asked again, because the link may lose either half.
 
 pub mod client;
 pub mod images;
+pub mod link;
 pub mod nbd;
 pub mod server;
 

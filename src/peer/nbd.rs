@@ -5,27 +5,27 @@ use std::io;
 use futures::future::BoxFuture;
 
 use super::PREAMBLE_NBD;
-use super::client::dial;
+use super::link::PeerAddress;
 use crate::upstream::{Dialer, Stream};
 
 /// Dials a source's peer port for blocks.
 pub struct PeerDialer {
-    address: String,
+    address: PeerAddress,
 }
 
 impl PeerDialer {
-    /// `host:port`.
-    pub fn new(address: impl Into<String>) -> Self {
-        Self { address: address.into() }
+    /// Nothing is dialled yet.
+    pub fn new(address: PeerAddress) -> Self {
+        Self { address }
     }
 }
 
 impl Dialer for PeerDialer {
     fn dial(&self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
-        Box::pin(async move { Ok(Box::new(dial(&self.address, PREAMBLE_NBD).await?) as Box<dyn Stream>) })
+        Box::pin(self.address.dial(PREAMBLE_NBD))
     }
 
     fn describe(&self) -> String {
-        format!("peer {}", self.address)
+        format!("peer {}", self.address.address())
     }
 }

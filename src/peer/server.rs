@@ -3,6 +3,7 @@
 //! What a connection carries is told by its first bytes; one that does not say so in time is dropped. The number of
 //! connections is bounded, each answers one question after the other.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,19 +11,24 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::{SinkExt, StreamExt};
+use nbd::tls::{Identity, TlsServer};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tokio_util::codec::Framed;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::link::{Caller, PeerStream};
 use super::{PREAMBLE_BYTES, PREAMBLE_IMAGES, PREAMBLE_MESSAGES, PREAMBLE_NBD, Reply, Request, Response, codec, tune};
-use crate::error::{Failure, Outcome};
+use crate::error::{Failure, Outcome, chain};
 
 /// How many connections the peer port holds at once.
 const MAX_CONNECTIONS: usize = 256;
-/// How long a connection may take to say what it is.
+/// How many of those that it accepts have not said yet who and what they are; others wait in the kernel's queue.
+const MAX_UNKNOWN: usize = 64;
+/// How long a connection may take to say so.
 const PREAMBLE_TIME: Duration = Duration::from_secs(10);
 
 /// How long a connection may be silent between questions: the other node keeps some, and dials anew.
@@ -31,19 +37,26 @@ const IDLE_TIME: Duration = Duration::from_secs(60);
 /// What the node does with what arrives.
 pub trait PeerService: Send + Sync + 'static {
     /// Answers a question.
-    fn answer(&self, from: SocketAddr, request: Request) -> BoxFuture<'_, Outcome<Reply>>;
+    fn answer(&self, from: Caller, request: Request) -> BoxFuture<'_, Outcome<Reply>>;
     /// Serves the NBD data of migrations until the client leaves.
-    fn serve_nbd(&self, stream: TcpStream, stop: CancellationToken) -> BoxFuture<'_, ()>;
+    fn serve_nbd(&self, from: Caller, stream: PeerStream, stop: CancellationToken) -> BoxFuture<'_, ()>;
     /// Receives a checkpoint's images.
-    fn receive_images(&self, stream: TcpStream) -> BoxFuture<'_, ()>;
+    fn receive_images(&self, from: Caller, stream: PeerStream) -> BoxFuture<'_, ()>;
 }
 
-/// Accepts until `stop`; returns when all connections have ended.
-pub async fn serve(listener: TcpListener, service: Arc<dyn PeerService>, stop: CancellationToken) {
+/// Accepts until `stop`; returns when all connections have ended. With `tls`, only who has a certificate of its CA is
+/// heard.
+pub async fn serve(
+    listener: TcpListener,
+    tls: Option<TlsServer>,
+    service: Arc<dyn PeerService>,
+    stop: CancellationToken,
+) {
+    let unknown = Arc::new(Semaphore::new(MAX_UNKNOWN));
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let connections = TaskTracker::new();
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { break };
+        let Ok(waiting) = unknown.clone().acquire_owned().await else { break };
         let (stream, from) = tokio::select! {
             () = stop.cancelled() => break,
             accepted = listener.accept() => match accepted {
@@ -56,12 +69,18 @@ pub async fn serve(listener: TcpListener, service: Arc<dyn PeerService>, stop: C
                 }
             },
         };
-        let (service, stop) = (service.clone(), stop.clone());
+        let (service, tls, places, stop) = (service.clone(), tls.clone(), places.clone(), stop.clone());
         connections.spawn(async move {
-            let _place = place;
+            let served = async {
+                let (stream, caller, preamble) = timeout(PREAMBLE_TIME, introduce(stream, from, tls)).await??;
+                drop(waiting);
+                let _place =
+                    places.try_acquire_owned().map_err(|_| io::Error::other("there are too many connections"))?;
+                connection(stream, caller, &preamble, service, stop.clone()).await
+            };
             tokio::select! {
                 () = stop.cancelled() => {}
-                result = connection(stream, from, service, stop.clone()) => {
+                result = served => {
                     if let Err(error) = result {
                         tracing::debug!(%from, %error, "peer connection ended");
                     }
@@ -73,37 +92,59 @@ pub async fn serve(listener: TcpListener, service: Arc<dyn PeerService>, stop: C
     connections.wait().await;
 }
 
+/// Who it is, and what it wants.
+async fn introduce(
+    stream: TcpStream,
+    address: SocketAddr,
+    tls: Option<TlsServer>,
+) -> io::Result<(PeerStream, Caller, [u8; PREAMBLE_BYTES])> {
+    tune(&stream)?;
+    let (mut stream, identity): (PeerStream, _) = match tls {
+        None => (Box::new(stream), None),
+        Some(tls) => {
+            let stream = tls.accept(stream).await.map_err(|error| {
+                // The operator of the other host sees no more than a connection that ends.
+                tracing::warn!(from = %address, error = chain(&error), "a peer is not let in");
+                io::Error::other(error)
+            })?;
+            let identity = Identity::of_client(&stream);
+            (Box::new(stream), Some(identity))
+        }
+    };
+    let mut preamble = [0; PREAMBLE_BYTES];
+    stream.read_exact(&mut preamble).await?;
+    Ok((stream, Caller { address, identity }, preamble))
+}
+
 async fn connection(
-    mut stream: TcpStream,
-    from: SocketAddr,
+    stream: PeerStream,
+    from: Caller,
+    preamble: &[u8; PREAMBLE_BYTES],
     service: Arc<dyn PeerService>,
     stop: CancellationToken,
-) -> std::io::Result<()> {
-    tune(&stream)?;
-    let mut preamble = [0; PREAMBLE_BYTES];
-    tokio::time::timeout(PREAMBLE_TIME, stream.read_exact(&mut preamble)).await??;
-    match &preamble {
+) -> io::Result<()> {
+    match preamble {
         PREAMBLE_MESSAGES => messages(stream, from, service).await,
         PREAMBLE_NBD => {
-            service.serve_nbd(stream, stop).await;
+            service.serve_nbd(from, stream, stop).await;
             Ok(())
         }
         PREAMBLE_IMAGES => {
-            service.receive_images(stream).await;
+            service.receive_images(from, stream).await;
             Ok(())
         }
-        other => Err(std::io::Error::other(format!(
+        other => Err(io::Error::other(format!(
             "a connection began with {:?}, which is no lazy-migrate peer of this version",
             String::from_utf8_lossy(other)
         ))),
     }
 }
 
-async fn messages(stream: TcpStream, from: SocketAddr, service: Arc<dyn PeerService>) -> std::io::Result<()> {
+async fn messages(stream: PeerStream, from: Caller, service: Arc<dyn PeerService>) -> io::Result<()> {
     let mut frames = Framed::new(stream, codec());
-    while let Ok(Some(frame)) = tokio::time::timeout(IDLE_TIME, frames.next()).await {
+    while let Ok(Some(frame)) = timeout(IDLE_TIME, frames.next()).await {
         let response = match serde_json::from_slice(&frame?) {
-            Ok(request) => match service.answer(from, request).await {
+            Ok(request) => match service.answer(from.clone(), request).await {
                 Ok(reply) => Response::Ok(reply),
                 Err(failure) => Response::Err(failure),
             },

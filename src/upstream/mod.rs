@@ -13,9 +13,10 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use nbd::export::Extent;
+use nbd::tls::TlsClient;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-pub use nbd_link::{NbdConnect, UriDialer};
+pub use nbd_link::NbdConnect;
 pub(crate) use status::LinkReport;
 pub use status::{LinkState, UpstreamStatus};
 
@@ -25,7 +26,7 @@ use crate::limits::CONNECT_TIMEOUT;
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
-/// Opens byte streams to the NBD server: at an NBD URI ([`UriDialer`]), or over the peer link, whose dialer sends its own
+/// Opens byte streams to the NBD server: at an NBD URI, or over the peer link, whose dialer sends its own
 /// preamble before it hands the stream over.
 pub trait Dialer: Send + Sync + 'static {
     /// A new stream, at the place where the NBD handshake begins.
@@ -129,10 +130,9 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// The server at an NBD URI.
-    pub fn from_uri(uri: &str) -> Result<Upstream, UpstreamError> {
-        let (dialer, export) = UriDialer::new(uri)?;
-        Ok(Self::dialed(Arc::new(dialer), export))
+    /// The server at an NBD URI; where that asks for TLS and names no certificates, with these.
+    pub fn from_uri(uri: &str, certificates: Option<&TlsClient>) -> Result<Upstream, UpstreamError> {
+        Ok(Self::new(Arc::new(NbdConnect::to_uri(uri, certificates)?)))
     }
 
     /// An export of the NBD server at the other end of the dialer's streams.

@@ -10,6 +10,7 @@ use futures::future::BoxFuture;
 use nbd::address::Address;
 use nbd::client::{Client, ClientError, ConnectOptions};
 use nbd::export::Extent;
+use nbd::tls::{ClientTls, TlsClient};
 use nbd::uri::NbdUri;
 use tokio::net::{TcpStream, UnixStream};
 
@@ -18,21 +19,8 @@ use crate::limits::CONNECT_TIMEOUT;
 use crate::pull::CONTEXTS;
 
 /// Dials the server of an NBD URI.
-pub struct UriDialer {
+struct UriDialer {
     uri: NbdUri,
-}
-
-impl UriDialer {
-    /// The dialer and the export's name.
-    pub fn new(uri: &str) -> Result<(UriDialer, String), UpstreamError> {
-        let bad = |reason: String| UpstreamError::Uri { uri: uri.to_owned(), reason };
-        let parsed: NbdUri = uri.parse().map_err(|error| bad(reason(&error)))?;
-        if parsed.tls {
-            return Err(bad("TLS is not used for upstreams: use nbd:// or nbd+unix://".to_owned()));
-        }
-        let export = parsed.export.clone();
-        Ok((UriDialer { uri: parsed }, export))
-    }
 }
 
 impl Dialer for UriDialer {
@@ -62,12 +50,25 @@ impl Dialer for UriDialer {
 pub struct NbdConnect {
     dialer: Arc<dyn Dialer>,
     export: String,
+    /// For STARTTLS; `None` where the stream needs none.
+    tls: Option<ClientTls>,
 }
 
 impl NbdConnect {
-    /// For one export.
+    /// For one export; the dialer's streams are as secure as they have to be.
     pub fn new(dialer: Arc<dyn Dialer>, export: String) -> NbdConnect {
-        NbdConnect { dialer, export }
+        NbdConnect { dialer, export, tls: None }
+    }
+
+    /// For the export of a URI. One with TLS uses the certificates that it names, or these.
+    pub fn to_uri(uri: &str, certificates: Option<&TlsClient>) -> Result<NbdConnect, UpstreamError> {
+        let bad = |reason: String| UpstreamError::Uri { uri: uri.to_owned(), reason };
+        let parsed: NbdUri = uri.parse().map_err(|error| bad(reason(&error)))?;
+        let ours = certificates.filter(|_| parsed.tls).map(|tls| ClientTls { tls: tls.clone(), host: None });
+        let options = ConnectOptions { tls: ours, ..ConnectOptions::default() };
+        let tls = options.for_uri(&parsed).map_err(|error| bad(reason(&error)))?.tls;
+        let export = parsed.export.clone();
+        Ok(NbdConnect { dialer: Arc::new(UriDialer { uri: parsed }), export, tls })
     }
 }
 
@@ -79,6 +80,7 @@ impl Connect for NbdConnect {
             let options = ConnectOptions {
                 contexts: CONTEXTS.iter().map(|name| (*name).to_owned()).collect(),
                 time: CONNECT_TIMEOUT,
+                tls: self.tls.clone(),
                 ..ConnectOptions::default()
             };
             match Client::handshake(stream, &self.export, &options).await {
@@ -154,11 +156,11 @@ mod tests {
 
     #[test]
     fn a_uri_that_cannot_be_used_says_why() {
-        for (uri, why) in [("disk", "scheme"), ("nbds://host/x", "TLS"), ("nbd+unix:///x", "socket")] {
-            let error = UriDialer::new(uri).map(drop).unwrap_err();
+        for (uri, why) in [("disk", "scheme"), ("nbds://host/x", "certificates"), ("nbd+unix:///x", "socket")] {
+            let error = NbdConnect::to_uri(uri, None).map(drop).unwrap_err();
             assert!(error.is_fatal() && error.to_string().contains(why), "{error}");
         }
-        let (dialer, export) = UriDialer::new("nbd://host:77/a%20b").unwrap();
-        assert_eq!((dialer.describe().as_str(), export.as_str()), ("nbd://host:77/a%20b", "a b"));
+        let connect = NbdConnect::to_uri("nbd://host:77/a%20b", None).unwrap();
+        assert_eq!((connect.describe().as_str(), connect.export.as_str()), ("nbd://host:77/a%20b", "a b"));
     }
 }

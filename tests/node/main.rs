@@ -20,3 +20,4 @@ mod recovery;
 mod refusals;
 mod release;
 mod rollback;
+mod tls;

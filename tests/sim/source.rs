@@ -26,6 +26,7 @@ impl World {
             epoch,
             phase: SourcePhase::Serving,
             peer: "10.0.0.2:10810".into(),
+            peer_name: None,
             timings: self.timings,
             container: None,
             policy: self.policy,

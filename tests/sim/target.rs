@@ -81,6 +81,7 @@ impl World {
             phase: DestinationPhase::Preparing,
             owned: false,
             source: "10.0.0.1:10810".into(),
+            peer_name: None,
             size: self.shape.size(),
             block_size: block_size(),
             timings: self.timings,

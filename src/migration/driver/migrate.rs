@@ -7,7 +7,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -21,6 +20,7 @@ use crate::migration::machine::SourceEvent;
 use crate::migration::phase::SourcePhase;
 use crate::migration::record::RollbackMode;
 use crate::peer::client::CallError;
+use crate::peer::link::PeerStream;
 use crate::peer::{Request, images};
 
 /// How long the file system may take to become quiet.
@@ -132,7 +132,7 @@ impl Run {
         Ok(frozen_at)
     }
 
-    async fn dial(&self) -> Outcome<TcpStream> {
+    async fn dial(&self) -> Outcome<PeerStream> {
         let subject = self.world.source.view().subject(&self.world.disk);
         let lost = |why: String| Failure::unreachable(format!("cannot open the checkpoint's stream: {why}"));
         match tokio::time::timeout(DIAL_TIME, images::dial(self.world.source.peer().address(), &subject)).await {
@@ -141,7 +141,7 @@ impl Run {
         }
     }
 
-    async fn checkpoint(&self, Found { runtime, id, record, .. }: &Found, stream: TcpStream) -> Outcome<Followed> {
+    async fn checkpoint(&self, Found { runtime, id, record, .. }: &Found, stream: PeerStream) -> Outcome<Followed> {
         let images = self.world.hold.images();
         let work = self.world.hold.work();
         let tcp_established = record.tcp_established;

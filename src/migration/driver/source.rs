@@ -387,11 +387,12 @@ pub(crate) fn new_record(
     migration: MigrationId,
     epoch: Epoch,
     peer: &str,
+    peer_name: Option<String>,
     timings: crate::migration::lease::Timings,
     policy: LinkPolicy,
 ) -> SourceRecord {
     let (phase, peer) = (SourcePhase::Serving, peer.into());
-    SourceRecord { migration, epoch, phase, peer, timings, container: None, policy, seal: None }
+    SourceRecord { migration, epoch, phase, peer, peer_name, timings, container: None, policy, seal: None }
 }
 
 #[cfg(test)]
@@ -407,6 +408,7 @@ mod tests {
     use crate::migration::driver::Runtimes;
     use crate::migration::journal::Journal;
     use crate::migration::lease::Timings;
+    use crate::peer::link::PeerAddress;
     use crate::store::MemoryStore;
 
     #[tokio::test]
@@ -425,7 +427,7 @@ mod tests {
             disk: "disk".into(),
             export: export.clone(),
             journal: Arc::new(Mutex::new(journal)),
-            peer: Arc::new(PeerClient::new(&peer)),
+            peer: Arc::new(PeerClient::new(PeerAddress::plain(&peer))),
             ask: None,
             hold: Arc::new(hold),
         };
@@ -433,6 +435,7 @@ mod tests {
             MigrationId("m".into()),
             Epoch::default().next(),
             &peer,
+            None,
             Timings::default(),
             LinkPolicy::default(),
         );

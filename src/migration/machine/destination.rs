@@ -113,12 +113,16 @@ pub struct DestinationMachine {
     /// The container runs here, or would if it were not frozen.
     runs: bool,
     starving: bool,
+    /// It is discarded, and everything stands still.
+    given_up: bool,
     command: Command,
     /// Where a completion that cannot be recorded goes back to.
     before_complete: DestinationPhase,
     /// Whether the journal says that this host was given the disk.
     durably_owned: bool,
     writing_owned: bool,
+    /// The phase of the record that is being written.
+    writing: DestinationPhase,
     effects: VecDeque<DestinationEffect>,
 }
 
@@ -143,6 +147,8 @@ impl DestinationMachine {
             grant: Grant::default(),
             runs: false,
             starving: false,
+            given_up: false,
+            writing: DestinationPhase::Preparing,
             command: Command::None,
             effects,
         }
@@ -164,6 +170,7 @@ impl DestinationMachine {
             }
             DestinationPhase::Complete => machine.effects.push_back(DestinationEffect::Open),
             DestinationPhase::Discarded => {
+                machine.given_up = true;
                 machine.effects.extend([DestinationEffect::Close, DestinationEffect::TearDown]);
             }
         }
@@ -184,8 +191,9 @@ impl DestinationMachine {
     pub fn beats(&self) -> bool {
         match self.record.phase {
             DestinationPhase::Ready | DestinationPhase::Active | DestinationPhase::Fenced => true,
-            // Until the source knows: its asking may have been answered in vain.
-            DestinationPhase::Discarded => self.record.owned && !self.source_knows,
+            // Until the source knows: its asking may have been answered in vain. But not while anything may still run: it takes
+            // the disk at that word.
+            DestinationPhase::Discarded => self.record.owned && self.given_up && !self.source_knows,
             DestinationPhase::Preparing | DestinationPhase::Complete => false,
         }
     }
@@ -229,7 +237,9 @@ impl DestinationMachine {
         let effect = self.effects.pop_front();
         match &effect {
             Some(DestinationEffect::Answer(_)) => self.command = Command::None,
-            Some(DestinationEffect::Journal(record)) => self.writing_owned = record.owned,
+            Some(DestinationEffect::Journal(record)) => {
+                (self.writing_owned, self.writing) = (record.owned, record.phase)
+            }
             _ => {}
         }
         effect
@@ -316,7 +326,11 @@ impl DestinationMachine {
                 }
             }
             DestinationEvent::Done => {}
-            DestinationEvent::Journaled(Ok(())) => self.durably_owned |= self.writing_owned,
+            DestinationEvent::Journaled(Ok(())) => {
+                self.durably_owned |= self.writing_owned;
+                // Freezing and holding came before it.
+                self.given_up |= self.writing == DestinationPhase::Discarded;
+            }
             DestinationEvent::Journaled(Err(failure)) => self.journal_failed(failure),
         }
     }
@@ -329,6 +343,7 @@ impl DestinationMachine {
         match self.record.phase {
             DestinationPhase::Active | DestinationPhase::Fenced if !self.durably_owned => {
                 self.record.phase = DestinationPhase::Discarded;
+                self.given_up = true;
                 self.effects.push_back(DestinationEffect::Close);
             }
             // The source has recorded its release and says so again with every beat: this is tried again.
@@ -336,6 +351,7 @@ impl DestinationMachine {
             // Recorded or not, nothing runs here without a grant that is still to come: a node that starts again with the
             // older record asks for one first. So the source may have its disk back, although this host's own is broken.
             DestinationPhase::Discarded => {
+                self.given_up = true;
                 self.effects.push_back(DestinationEffect::Close);
                 self.answer(Ok(()));
                 self.effects.push_back(DestinationEffect::TearDown);

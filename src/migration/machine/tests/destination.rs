@@ -247,6 +247,20 @@ fn a_container_that_would_wait_for_its_disk_stands_still_meanwhile() {
 }
 
 #[test]
+fn the_source_hears_that_it_is_given_back_only_when_nothing_runs_any_more() {
+    let mut host = Host::active();
+    let discard = host.discard();
+    host.machine.handle(host.now, discard);
+    assert_eq!(host.phase(), DestinationPhase::Discarded);
+    for effect in ["freeze", "hold", "journal discarded"] {
+        assert!(!host.machine.beats(), "before {effect}");
+        assert_eq!(word(&host.machine.poll_effect().unwrap()), effect);
+    }
+    host.machine.handle(host.now, DestinationEvent::Journaled(Ok(())));
+    assert!(host.machine.beats());
+}
+
+#[test]
 fn a_complete_destination_discards_nothing() {
     let mut host = Host::active();
     host.does(DestinationEvent::AllDurable);
