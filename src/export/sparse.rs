@@ -91,12 +91,13 @@ impl Inner {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init, reason = "holes are ranges, often one")]
 mod tests {
+    use bytes::Bytes;
     use nbd::export::{Export, Extent, ReadAnswer, STATE_HOLE, STATE_ZERO};
 
     use super::super::LazyExport;
     use super::super::testing::{Lab, Source, done, eventually, read};
-    use bytes::Bytes;
 
     const MIB: usize = 1 << 20;
 

@@ -12,6 +12,7 @@ mod corrupt;
 mod libnbd;
 mod others;
 mod qemu;
+mod sources;
 
 use std::path::{Path, PathBuf};
 
