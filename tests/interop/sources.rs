@@ -1,10 +1,12 @@
 //! A node pulls from servers of others, with and without what they can leave out or do badly.
 
+use std::path::Path;
+
 use crate::support::{Background, Node, free_port, run, wait_for, wait_for_socket};
 use crate::{MIB, SIZE, other_image, text};
 
 /// Pulls all of `from` while some of it is asked for, and compares it with `wanted`.
-fn pull(dir: &std::path::Path, from: &str, wanted: &[u8], what: &str) {
+fn pull(dir: &Path, from: &str, wanted: &[u8], what: &str) {
     let node = Node::start(dir.join("node"), &[]);
     node.cli(&["pull", "disk", "--from", from]);
     let asked = ["-f", "raw", "-c", "read 20M 1M", "-c", "read 512 3000", "-c", "write -P 3 4000 5000"];
@@ -81,14 +83,38 @@ fn qemu_nbd_and_nbd_server() {
     pull(dir.path(), &format!("nbd+unix:///disk?socket={}", socket.display()), &wanted, "qemu-nbd");
     drop(qemu);
 
+    let server = NbdServer::start(&source);
     let other = tempfile::tempdir().unwrap();
-    let port = free_port();
-    let config = other.path().join("config");
-    let exported = format!("[disk]\nexportname = {}\nreadonly = true\n", source.display());
-    std::fs::write(&config, format!("[generic]\nlistenaddr = 127.0.0.1\nport = {port}\n{exported}")).unwrap();
-    let _server = Background::start("nbd-server", "nbd-server", &["-d", "-C", text(&config), "-p", ""]);
-    wait_for("nbd-server", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
     // It offers no structured replies, and so no map.
     assert_eq!(wanted.len() as u64, SIZE);
-    pull(other.path(), &format!("nbd://127.0.0.1:{port}/disk"), &wanted, "nbd-server");
+    pull(other.path(), &format!("nbd://127.0.0.1:{}/disk", server.port), &wanted, "nbd-server");
+}
+
+/// The protocol authors' server, which becomes a daemon: ended by its process number.
+struct NbdServer {
+    dir: tempfile::TempDir,
+    port: u16,
+}
+
+impl NbdServer {
+    fn start(image: &Path) -> NbdServer {
+        let server = NbdServer { dir: tempfile::tempdir().unwrap(), port: free_port() };
+        let generic = format!("[generic]\nlistenaddr = 127.0.0.1\nport = {}\nallowlist = true\n", server.port);
+        let exported = format!("[disk]\nexportname = {}\nreadonly = true\n", image.display());
+        let config = server.dir.path().join("config");
+        std::fs::write(&config, generic + &exported).unwrap();
+        run("nbd-server", "nbd-server", &["-C", text(&config), "-p", text(&server.dir.path().join("pid"))]);
+        wait_for("nbd-server", || std::net::TcpStream::connect(("127.0.0.1", server.port)).is_ok());
+        server
+    }
+}
+
+impl Drop for NbdServer {
+    fn drop(&mut self) {
+        let pid = std::fs::read_to_string(self.dir.path().join("pid")).ok();
+        if let Some(pid) = pid.and_then(|pid| pid.trim().parse().ok()) {
+            // It may have ended by itself.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
 }
