@@ -62,6 +62,12 @@ pub const MAX_ZERO_EXTENTS: usize = 1 << 20;
 /// coarsely (small holes count as data).
 pub const MAX_STORE_EXTENTS: usize = 1 << 18;
 
+/// A read of at least this many bytes is looked at for holes, in bytes; a shorter one gains nothing by it.
+pub const SPARSE_READ_MIN: usize = 64 << 10;
+
+/// The shortest hole that the answer to a read names, in bytes; a shorter one is sent as zeroes.
+pub const SPARSE_HOLE_MIN: u64 = 32 << 10;
+
 /// The size of a region of the write tracker and of the pull order, in bytes.
 pub const REGION: u64 = 1 << 20;
 

@@ -128,6 +128,13 @@ impl Fetcher {
         }
     }
 
+    /// The missing blocks of a range if the source's map says of all of them that they are zero.
+    pub fn missing_zeroes(&self, blocks: BlockRange) -> Option<Vec<BlockRange>> {
+        let missing: Vec<BlockRange> = self.disk.map.missing_in(blocks).collect();
+        let state = self.lock();
+        missing.iter().all(|part| state.order.is_zero(*part)).then_some(missing)
+    }
+
     /// Claims blocks for a local write. While the guard lives no fetch lands on them.
     pub async fn claim(self: &Arc<Self>, blocks: BlockRange) -> ClaimGuard {
         loop {

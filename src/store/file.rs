@@ -99,8 +99,12 @@ impl Store for FileStore {
     }
 
     fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
+        if self.zero_fast(range, no_hole)? { Ok(()) } else { self.zero_by_writing(range) }
+    }
+
+    fn zero_fast(&self, range: ByteRange, no_hole: bool) -> io::Result<bool> {
         if range.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let flags = if no_hole {
             FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE
@@ -108,9 +112,9 @@ impl Store for FileStore {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
         };
         match self.fallocate(range, flags) {
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(true),
             // Not every file system can, and a device wants whole sectors.
-            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => self.zero_by_writing(range),
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => Ok(false),
             Err(errno) => Err(errno.into()),
         }
     }
