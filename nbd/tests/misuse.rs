@@ -79,6 +79,27 @@ async fn an_oversized_option_is_skipped_and_refused() {
 }
 
 #[tokio::test]
+async fn a_name_is_a_name_and_leads_nowhere() {
+    let mut served = greeted().await;
+    let go = |name: &[u8]| [&(name.len() as u32).to_be_bytes(), name, &[0, 0]].concat();
+    for name in [&b"a/b"[..], b"..", b"../disk", b"/etc/passwd", b".", &[b'a'; 4096]] {
+        assert_eq!(option(&mut served.stream, OptionCode::INFO, &go(name)).await, OptionReply::ERR_UNKNOWN);
+    }
+    for name in [&b"di\0sk"[..], b"disk\0", &[b'a'; 4097], b"\xff"] {
+        assert_eq!(option(&mut served.stream, OptionCode::GO, &go(name)).await, OptionReply::ERR_INVALID);
+    }
+    assert_eq!(option(&mut served.stream, OptionCode::ABORT, b"").await, OptionReply::ACK);
+    // EXPORT_NAME has no way to say so.
+    for name in [&b".."[..], b"di\0sk", &[b'a'; 4096], &[b'a'; 4097]] {
+        let mut served = greeted().await;
+        let mut bytes = BytesMut::new();
+        OptionHeader::encode(OptionCode::EXPORT_NAME, name, &mut bytes);
+        served.stream.write_all(&bytes).await.unwrap();
+        assert!(matches!(within(served.ended).await.unwrap(), Err(ServerError::Handshake(_))));
+    }
+}
+
+#[tokio::test]
 async fn bad_flags_are_refused() {
     for framing in FRAMINGS {
         let mut raw = Raw::enter(plain(), framing).await;

@@ -28,6 +28,7 @@ impl Export for LazyExport {
             preferred_block: self.inner.disk.block_size.bytes() as u32,
             multi_conn: true,
             fast_zero: true,
+            rotational: self.inner.disk.is_rotational(),
             contexts: contexts::NAMES.iter().map(|name| (*name).to_owned()).collect(),
             ..ExportInfo::default()
         }

@@ -41,6 +41,11 @@ impl Disk {
         self.store.mark()
     }
 
+    /// See [`Store::is_rotational`].
+    pub fn is_rotational(&self) -> bool {
+        self.store.is_rotational()
+    }
+
     /// See [`Store::write_at`].
     #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {

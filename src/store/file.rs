@@ -94,6 +94,18 @@ impl Store for FileStore {
         Ok(found.is_file().then_some(ImageMark { modified_ns, size: found.len() }))
     }
 
+    fn is_rotational(&self) -> bool {
+        let Ok(found) = self.file.metadata() else { return false };
+        let device = if found.file_type().is_block_device() { found.rdev() } else { found.dev() };
+        let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+        let device = Path::new("/sys/dev/block").join(format!("{major}:{minor}"));
+        // A partition has its queue one directory above. File systems without a device of their own have none.
+        ["queue/rotational", "../queue/rotational"]
+            .iter()
+            .find_map(|name| std::fs::read_to_string(device.join(name)).ok())
+            .is_some_and(|text| text.trim() == "1")
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.file.write_all_at(data, offset)
     }

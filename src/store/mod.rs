@@ -60,6 +60,11 @@ pub trait Store: Send + Sync + 'static {
         Ok(None)
     }
 
+    /// Whether the bytes lie on a disk that turns, so that neighbours are read faster than strangers.
+    fn is_rotational(&self) -> bool {
+        false
+    }
+
     /// Makes every write that returned before this call durable. After a failure all later calls fail as well: the
     /// system may have dropped the bytes that it could not write.
     fn sync(&self) -> io::Result<Durable>;
