@@ -43,6 +43,9 @@ pub const EXTRA_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection with requests in flight and no reply for this long counts as lost.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How often that is looked at.
+pub const REPLY_LOOK: Duration = Duration::from_secs(5);
+
 /// How long the background pull waits for the upstream's maps before it starts without them.
 pub const MAPS_TIMEOUT: Duration = Duration::from_secs(20);
 
