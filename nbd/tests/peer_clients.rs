@@ -329,7 +329,8 @@ async fn fio_verifies_what_it_wrote() {
     let (_, server) = serve(vec![0; 16 << 20]).await;
     let uri = format!("--uri={}", server.uri());
     let job = ["--name=x", "--ioengine=nbd", "--rw=randrw", "--bs=4k", "--size=16m", "--iodepth=32", "--fsync=64"];
-    let verify = ["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randseed=1", "--output-format=terse"];
+    let verify =
+        ["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randseed=1", "--output-format=terse"];
     run("fio", &[&job[..], &verify, &[&uri]].concat()).await;
 }
 

@@ -1,5 +1,6 @@
 //! The command line: one file a command. Every command but `serve` asks the local node through its control socket.
 
+mod allocator;
 mod answers;
 mod disks;
 mod guard;

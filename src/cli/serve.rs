@@ -81,6 +81,7 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
                 .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
         )
         .init();
+    super::allocator::keep_pages();
     let pulls = arguments.pull.iter().map(|text| pair("--pull", text)).collect::<Outcome<Vec<_>>>()?;
     let config = config(&arguments)?;
     // Before anything is served, so that none is lost.

@@ -245,11 +245,7 @@ impl Carriage {
             }
         });
         let blocks = flight.range;
-        tracing::warn!(
-            "the upstream could not read blocks {}..{}: {why}; trying again",
-            blocks.start.0,
-            blocks.end.0
-        );
+        tracing::warn!("the upstream could not read blocks {}..{}: {why}; trying again", blocks.start.0, blocks.end.0);
         self.fetcher.refused(flight.id);
         // It has to look at the pause.
         self.fetcher.wake(self.lane).notify_one();

@@ -14,7 +14,14 @@ fn fio_verifies_what_it_wrote() {
         let served = Served::start(kind);
         let uri = format!("--uri={}", served.uri());
         let job = ["--name=x", "--ioengine=nbd", "--rw=randrw", "--bsrange=512-64k", "--blockalign=512", "--size=16m"];
-        let how = ["--iodepth=32", "--fsync=64", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--randseed=1"];
+        let how = [
+            "--iodepth=32",
+            "--fsync=64",
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+            "--randseed=1",
+        ];
         run("fio", "fio", &[&job[..], &how, &["--output-format=terse", &uri]].concat());
         // Beyond its part nothing has changed.
         let (now, before) = (served.content(), served.source());
