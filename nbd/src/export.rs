@@ -6,6 +6,7 @@
 //! is never a task a request. The server has checked range, alignment, flags and read-only before it calls.
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -34,6 +35,17 @@ pub enum ReadAnswer {
     Sparse(Vec<Range<usize>>),
     /// The bytes come later, exactly as many as were asked; the buffer that was given is not used.
     Later(BoxFuture<'static, Result<Bytes, Errno>>),
+}
+
+/// What came of [`Export::splice`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spliced {
+    /// The whole range is in the pipe.
+    Whole,
+    /// Nothing is; the range is to be read.
+    No,
+    /// Something may be in the pipe, which is thrown away; the range is to be read.
+    Spoilt,
 }
 
 /// What an export says of itself during negotiation (NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE, NBD_INFO_DESCRIPTION).
@@ -110,6 +122,13 @@ pub trait Export: Send + Sync + 'static {
 
     /// Fills `buffer` from `offset`, or says that it comes later.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer;
+
+    /// For a large read whose client takes pages in place of copies: has the range's pages spliced into a pipe, which is
+    /// empty and has room for them, and does not block on it. Only for a range that [`Export::read`] would answer at once;
+    /// what stands there when the reply is received is what the client gets.
+    fn splice(&self, _offset: u64, _length: usize, _pipe: BorrowedFd<'_>) -> Spliced {
+        Spliced::No
+    }
 
     /// Writes `data` at `offset`.
     fn write(&self, offset: u64, data: Bytes, fua: bool) -> Answer<()>;

@@ -25,6 +25,8 @@ enum Piece {
     /// The next bytes of the buffer.
     Own(usize),
     Shared(Bytes),
+    /// Bytes that are not here: the sender knows where.
+    Elsewhere(usize),
 }
 
 /// A queue of bytes to send.
@@ -36,6 +38,7 @@ pub(crate) struct Output {
     end: usize,
     pieces: VecDeque<Piece>,
     queued: usize,
+    elsewhere: usize,
 }
 
 impl Output {
@@ -93,6 +96,20 @@ impl Output {
         self.pieces.push_back(Piece::Shared(bytes));
     }
 
+    /// Queues bytes that [`Output::poll_send_with`] is to get from elsewhere.
+    pub(crate) fn push_elsewhere(&mut self, length: usize) {
+        if length > 0 {
+            self.pieces.push_back(Piece::Elsewhere(length));
+            self.queued += length;
+            self.elsewhere += length;
+        }
+    }
+
+    /// Whether such bytes are queued.
+    pub(crate) fn has_elsewhere(&self) -> bool {
+        self.elsewhere > 0
+    }
+
     fn slices<'a>(&'a self, slices: &mut [IoSlice<'a>; SLICES]) -> usize {
         let mut at = self.start;
         let mut count = 0;
@@ -103,6 +120,7 @@ impl Output {
                     IoSlice::new(&self.buffer[at - length..at])
                 }
                 Piece::Shared(bytes) => IoSlice::new(bytes),
+                Piece::Elsewhere(_) => break,
             };
             count += 1;
         }
@@ -113,6 +131,7 @@ impl Output {
         self.queued -= count;
         if self.queued == 0 {
             self.pieces.clear();
+            self.elsewhere = 0;
             self.start = 0;
             self.end = 0;
             if self.buffer.len() > KEPT_BUFFER {
@@ -134,6 +153,12 @@ impl Output {
                     bytes.advance(taken);
                     (taken, bytes.len())
                 }
+                Piece::Elsewhere(length) => {
+                    let taken = count.min(*length);
+                    *length -= taken;
+                    self.elsewhere -= taken;
+                    (taken, *length)
+                }
             };
             count -= taken;
             if left == 0 {
@@ -148,7 +173,25 @@ impl Output {
         stream: &mut S,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
+        self.poll_send_with(stream, cx, |_, _, _| Poll::Ready(Err(io::ErrorKind::Unsupported.into())))
+    }
+
+    /// The same; `elsewhere` sends up to so many of the bytes that are not here.
+    pub(crate) fn poll_send_with<S: AsyncWrite + Unpin>(
+        &mut self,
+        stream: &mut S,
+        cx: &mut Context<'_>,
+        elsewhere: impl Fn(&mut S, &mut Context<'_>, usize) -> Poll<io::Result<usize>>,
+    ) -> Poll<io::Result<()>> {
         while self.queued > 0 {
+            if let Some(Piece::Elsewhere(length)) = self.pieces.front() {
+                let sent = ready!(elsewhere(stream, cx, *length))?;
+                if sent == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                self.sent(sent);
+                continue;
+            }
             let mut slices = [IoSlice::new(&[]); SLICES];
             let filled = self.slices(&mut slices);
             let mut stream = Pin::new(&mut *stream);

@@ -1,10 +1,11 @@
 //! The export trait's methods: what each NBD command does.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::{Bytes, BytesMut};
-use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, ZeroMode};
+use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, Spliced, ZeroMode};
 use nbd::wire::Errno;
 
 use super::contexts;
@@ -52,6 +53,24 @@ impl Export for LazyExport {
             (Ok(()), Err(error)) => ReadAnswer::Now(Err(errno_of(&error))),
             (Err(Refusal::Fail(errno)), _) => ReadAnswer::Now(Err(errno)),
             (Err(Refusal::Wait), _) => later(),
+        }
+    }
+
+    fn splice(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> Spliced {
+        let inner = &self.inner;
+        let range = ByteRange::at(offset, length as u64);
+        // Whatever has to wait, to fail or to be told as a hole is for the read.
+        if inner.gate.serve().is_err()
+            || !inner.disk.map.is_present(inner.disk.block_size.cover(range))
+            || inner.has_holes(range)
+        {
+            return Spliced::No;
+        }
+        match inner.disk.splice(offset, length, pipe) {
+            Ok(false) => Spliced::No,
+            // The lease may have ended while the disk was slow.
+            Ok(true) if inner.gate.serve().is_ok() => Spliced::Whole,
+            Ok(true) | Err(_) => Spliced::Spoilt,
         }
     }
 

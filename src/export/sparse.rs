@@ -55,6 +55,12 @@ impl Inner {
         Ok(holes)
     }
 
+    /// Whether a long range of present blocks has holes that are to be told.
+    pub(super) fn has_holes(self: &Arc<Self>, range: ByteRange) -> bool {
+        self.look_for_holes();
+        !self.holes_of(range, &[]).is_empty()
+    }
+
     /// Has the store's holes found in the background, once: the next long reads profit.
     fn look_for_holes(self: &Arc<Self>) {
         if self.disk.holes_known() || self.holes_looked_for.swap(true, Ordering::AcqRel) {

@@ -1,6 +1,7 @@
 //! A store with the map of what is in it, and what is known of its holes.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::Store;
@@ -39,6 +40,11 @@ impl Disk {
     /// See [`Store::mark`].
     pub fn mark(&self) -> io::Result<Option<ImageMark>> {
         self.store.mark()
+    }
+
+    /// See [`Store::splice_at`].
+    pub fn splice(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<bool> {
+        self.store.splice_at(offset, length, pipe)
     }
 
     /// See [`Store::is_rotational`].

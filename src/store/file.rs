@@ -2,12 +2,13 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, SpliceFFlags, fallocate, splice};
 use nix::unistd::{Whence, lseek};
 
 use super::{Durable, Store};
@@ -21,6 +22,8 @@ pub struct FileStore {
     file: File,
     size: u64,
     sync_failed: AtomicBool,
+    /// Its file system has no pages to give.
+    splices_not: AtomicBool,
 }
 
 impl FileStore {
@@ -32,7 +35,7 @@ impl FileStore {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is neither a file nor a block device"));
         }
         let size = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file, size, sync_failed: AtomicBool::new(false) })
+        Ok(Self { file, size, sync_failed: AtomicBool::new(false), splices_not: AtomicBool::new(false) })
     }
 
     /// Opens the store of a lazily filled export: a file is made, or lengthened, to exactly `size`; a block device must
@@ -55,7 +58,7 @@ impl FileStore {
             file.sync_all()?;
             crate::files::sync_parent(path)?;
         }
-        Ok(Self { file, size, sync_failed: AtomicBool::new(false) })
+        Ok(Self { file, size, sync_failed: AtomicBool::new(false), splices_not: AtomicBool::new(false) })
     }
 
     fn fallocate(&self, range: ByteRange, flags: FallocateFlags) -> Result<(), Errno> {
@@ -92,6 +95,29 @@ impl Store for FileStore {
         let found = self.file.metadata()?;
         let modified_ns = found.mtime().saturating_mul(1_000_000_000).saturating_add(found.mtime_nsec());
         Ok(found.is_file().then_some(ImageMark { modified_ns, size: found.len() }))
+    }
+
+    fn splice_at(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> io::Result<bool> {
+        if self.splices_not.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        let mut at = offset as nix::libc::loff_t;
+        let mut left = length;
+        while left > 0 {
+            match splice(&self.file, Some(&mut at), pipe, None, left, flags) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => left -= count,
+                Err(Errno::EINTR) => {}
+                // Not every file system can.
+                Err(Errno::EINVAL | Errno::EOPNOTSUPP) if left == length => {
+                    self.splices_not.store(true, Ordering::Relaxed);
+                    return Ok(false);
+                }
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(true)
     }
 
     fn is_rotational(&self) -> bool {

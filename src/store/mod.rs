@@ -14,6 +14,7 @@ mod memory;
 mod open;
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 pub use disk::Disk;
 pub use durable_map::{MapError, MapFile, MapSnapshot};
@@ -39,6 +40,12 @@ pub trait Store: Send + Sync + 'static {
 
     /// Fills the buffer from `offset`.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
+
+    /// Has the pages of a range spliced into a pipe that is empty and large enough, without blocking on it. `false`: this
+    /// store has none, and nothing is in the pipe.
+    fn splice_at(&self, _offset: u64, _length: usize, _pipe: BorrowedFd<'_>) -> io::Result<bool> {
+        Ok(false)
+    }
 
     /// Writes all of `data` at `offset`.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;

@@ -8,6 +8,7 @@
 //! itself, but only up to the bounds of [`crate::limits`]; then the connection stops receiving until there is room.
 
 use std::future::poll_fn;
+use std::io;
 use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -16,18 +17,19 @@ use std::task::{Context, Poll};
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
 use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Share;
 use super::flight::{Done, InFlight, Status, Work, cost};
+use super::splice::{Pipe, Transport};
 use super::{Draining, Ended, ServeOptions, ServerError};
-use crate::export::{Answer, Export, ReadAnswer, ZeroMode};
+use crate::export::{Answer, Export, ReadAnswer, Spliced, ZeroMode};
 use crate::limits::{
     KEPT_BUFFER, MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, MAX_STATUS_EXTENTS, OUTPUT_HIGH_WATER, RECEIVE_SPACE,
-    UNCOUNTED_BYTES,
+    SPLICE_READ_MIN, UNCOUNTED_BYTES,
 };
 use crate::output::Output;
 use crate::proto::server::{Entered, Incoming, Requests, Rules, check, reply};
@@ -59,11 +61,13 @@ pub(super) struct Connection<S> {
     /// Set when the client has left.
     left: Option<Ended>,
     status_buffer: Vec<u8>,
+    /// For large reads, as soon as there is one.
+    pipe: Option<Pipe>,
     /// Tells the export when the client leaves.
     _guard: Box<dyn Send + Sync>,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
+impl<S: Transport> Connection<S> {
     pub(super) fn new(stream: S, input: BytesMut, entered: Entered, share: Share) -> Connection<S> {
         Connection {
             stream,
@@ -85,6 +89,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             phase: Phase::Serving,
             left: None,
             status_buffer: Vec::new(),
+            pipe: None,
             _guard: entered.export.clone().client_entered(),
             export: entered.export,
         }
@@ -131,7 +136,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
             while let Poll::Ready(Some((request, done))) = self.in_flight.poll_next_unpin(cx) {
                 self.finish(&request, done);
             }
-            let sent = self.output.poll_send(&mut self.stream, cx)?;
+            let sent = self.poll_send(cx)?;
             let (requests, bytes) = self.held();
             self.share.hold(requests, bytes);
             if self.phase != phase || self.is_finished() {
@@ -166,8 +171,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
         }
     }
 
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let pipe = &self.pipe;
+        self.output.poll_send_with(&mut self.stream, cx, |stream, cx, length| match (pipe, stream.socket()) {
+            (Some(pipe), Some(socket)) => pipe.poll_send(&socket, cx, length),
+            _ => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
+        })
+    }
+
     fn has_room(&self, cx: &Context<'_>) -> bool {
-        if self.output.len() >= OUTPUT_HIGH_WATER
+        if self.output.has_elsewhere()
+            || self.output.len() >= OUTPUT_HIGH_WATER
             || self.in_flight.len() >= MAX_REQUESTS_IN_FLIGHT
             || self.bytes_in_flight >= MAX_BYTES_IN_FLIGHT
         {
@@ -262,7 +276,34 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Connection<S> {
         self.in_flight.push(InFlight { request, work });
     }
 
+    /// Answers a large READ with pages, where that is possible.
+    fn splice(&mut self, request: &Request) -> bool {
+        if request.length < u64::from(SPLICE_READ_MIN) || self.stream.socket().is_none() {
+            return false;
+        }
+        if self.pipe.is_none() {
+            self.pipe = Pipe::new().ok();
+        }
+        let length = request.length as usize;
+        let Some(pipe) = self.pipe.as_ref().filter(|pipe| pipe.holds(request.offset, length)) else { return false };
+        match self.export.splice(request.offset, length, pipe.end()) {
+            Spliced::Whole => {
+                self.output.extend(&reply::read_done(self.rules.framing, request));
+                self.output.push_elsewhere(length);
+                true
+            }
+            Spliced::No => false,
+            Spliced::Spoilt => {
+                self.pipe = None;
+                false
+            }
+        }
+    }
+
     fn read(&mut self, request: &Request) {
+        if self.splice(request) {
+            return;
+        }
         let framing = self.rules.framing;
         let head = reply::read_head_length(framing, request.length);
         // check() lets no longer one through than a payload may be.

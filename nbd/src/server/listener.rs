@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::splice::Transport;
 use super::unix_path::{UnixPath, bind_owned_unix};
 use super::{ServeOptions, serve_admitted};
 use crate::address::Address;
@@ -130,7 +130,7 @@ impl Listener {
         tracker.wait().await;
     }
 
-    async fn accept(&self) -> io::Result<Box<dyn Stream>> {
+    async fn accept(&self) -> io::Result<Box<dyn Transport>> {
         match &self.socket {
             Socket::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
@@ -145,7 +145,3 @@ impl Listener {
         }
     }
 }
-
-/// A client's stream, of either kind.
-trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}

@@ -9,6 +9,7 @@ mod connection;
 mod flight;
 pub mod listener;
 mod negotiate;
+mod splice;
 pub mod unix_path;
 
 use std::io;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use self::budget::Share;
 use self::connection::Connection;
 use self::negotiate::{Client, negotiate};
+use self::splice::{Opaque, Transport};
 use crate::export::Exports;
 use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES};
 use crate::proto::server::{HandshakeError, TlsMode};
@@ -153,7 +155,7 @@ pub async fn serve_connection<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    serve_admitted(stream, exports, options, shutdown, async {}).await
+    serve_admitted(Opaque(stream), exports, options, shutdown, async {}).await
 }
 
 /// As [`serve_connection`]; the client enters transmission when `admission` is ready, whose value is kept to its end.
@@ -165,7 +167,7 @@ async fn serve_admitted<S, A>(
     admission: A,
 ) -> Result<Ended, ServerError>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send,
+    S: Transport,
     A: Future,
 {
     let out_of_time = async {

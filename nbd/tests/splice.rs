@@ -1,0 +1,130 @@
+//! Large reads that go from a file's pages to the socket.
+
+mod common;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use bytes::Bytes;
+use common::within;
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use nbd::address::Address;
+use nbd::client::{Client, ConnectOptions};
+use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, Spliced, ZeroMode};
+use nbd::memory::SingleExport;
+use nbd::server::{Listener, ServeOptions};
+use nbd::uri::NbdUri;
+use nbd::wire::{Errno, Framing};
+use nix::fcntl::{SpliceFFlags, splice};
+use tokio_util::sync::CancellationToken;
+
+const MIB: usize = 1 << 20;
+const SIZE: usize = 24 * MIB;
+
+/// A file that gives its pages, except that every third time it breaks off in the middle.
+struct Pages {
+    file: File,
+    asked: AtomicUsize,
+    given: AtomicUsize,
+}
+
+impl Export for Pages {
+    fn info(&self) -> ExportInfo {
+        ExportInfo { size: SIZE as u64, read_only: true, ..ExportInfo::default() }
+    }
+
+    fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
+        ReadAnswer::Now(self.file.read_exact_at(buffer, offset).map_err(|_| Errno::EIO))
+    }
+
+    fn splice(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> Spliced {
+        let spoilt = self.asked.fetch_add(1, Ordering::Relaxed) % 3 == 2;
+        let (mut at, mut left) = (offset as i64, if spoilt { length / 2 } else { length });
+        while left > 0 {
+            match splice(&self.file, Some(&mut at), pipe, None, left, SpliceFFlags::SPLICE_F_NONBLOCK) {
+                Ok(count @ 1..) => left -= count,
+                other => panic!("the pipe is empty and has room: {other:?}"),
+            }
+        }
+        if spoilt {
+            return Spliced::Spoilt;
+        }
+        self.given.fetch_add(1, Ordering::Relaxed);
+        Spliced::Whole
+    }
+
+    fn write(&self, _: u64, _: Bytes, _: bool) -> Answer<()> {
+        Answer::Now(Err(Errno::EPERM))
+    }
+
+    fn flush(&self) -> Answer<()> {
+        Answer::Now(Ok(()))
+    }
+
+    fn trim(&self, _: u64, _: u64, _: bool) -> Answer<()> {
+        Answer::Now(Err(Errno::EPERM))
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: bool) -> Answer<()> {
+        Answer::Now(Err(Errno::EPERM))
+    }
+
+    fn cache(&self, _: u64, _: u64) -> Answer<()> {
+        Answer::Now(Ok(()))
+    }
+
+    fn block_status(&self, _: &str, _: u64, length: u64, _: usize) -> Answer<Vec<Extent>> {
+        Answer::Now(Ok(vec![Extent { length, flags: 0 }]))
+    }
+
+    fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync> {
+        Box::new(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_are_the_bytes_in_every_framing_and_in_their_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..SIZE).map(|at| (at / 4096 * 31 + at % 4096 * 7) as u8).collect();
+    let path = dir.path().join("disk");
+    File::create(&path).unwrap().write_all(&bytes).unwrap();
+    let file = File::open(&path).unwrap();
+    let export = Arc::new(Pages { file, asked: AtomicUsize::new(0), given: AtomicUsize::new(0) });
+    let stop = CancellationToken::new();
+    for address in [Address::Unix(dir.path().join("socket")), Address::Tcp { host: "127.0.0.1".into(), port: 0 }] {
+        let listener = Listener::bind(&address).await.unwrap();
+        let uri = NbdUri::new(listener.address().clone(), "disk");
+        let exports = Arc::new(SingleExport::new("disk", export.clone()));
+        let served = tokio::spawn(listener.run(exports, ServeOptions::default(), stop.child_token()));
+        for framing in [Framing::Simple, Framing::Structured, Framing::Extended] {
+            let options = ConnectOptions { framing, ..ConnectOptions::default() };
+            let client = Client::connect(&uri, &options).await.unwrap();
+            // Short ones in between, unaligned ones, one that no pipe holds, and more than the sockets take at once.
+            let ranges = (0..60).map(|n| match n % 5 {
+                0 => (n * 4096, 4096),
+                1 => (n * 70_001, 300_001),
+                2 => (n * 65536, MIB),
+                3 => (n * 4096, 256 << 10),
+                _ => (n * 1000, 5 * MIB),
+            });
+            let reads = ranges.map(|(offset, length)| {
+                let client = &client;
+                async move { (offset, length, client.read(offset as u64, length).await.unwrap()) }
+            });
+            let mut reads: FuturesUnordered<_> = reads.collect();
+            while let Some((offset, length, read)) = within(reads.next()).await {
+                assert!(read == bytes[offset..offset + length], "{framing:?}: {length} bytes at {offset}");
+            }
+            drop(reads);
+            client.close().await;
+        }
+        drop(served);
+    }
+    assert!(export.given.load(Ordering::Relaxed) > 50, "pages were given");
+    stop.cancel();
+}
