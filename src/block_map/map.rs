@@ -131,6 +131,13 @@ impl BlockMap {
         MissingRuns { map: self, at: range.start.0, end }
     }
 
+    /// The first missing block of a range.
+    pub fn first_missing(&self, range: BlockRange) -> Option<BlockIndex> {
+        let mut runs = self.missing_in(range);
+        runs.skip_to(false);
+        (runs.at < runs.end).then_some(BlockIndex(runs.at))
+    }
+
     /// The first block from `from`, below `end`, whose (present, dirty) pair differs from that of `from`; and the pair.
     pub fn same_state(&self, from: BlockIndex, end: BlockIndex) -> (BlockIndex, bool, bool) {
         let pair = |word: usize| (self.present_word(word), self.planes.dirty()[word].load(Ordering::Acquire));

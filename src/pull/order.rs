@@ -181,17 +181,18 @@ impl PullOrder {
     }
 
     fn first_step(&self, range: BlockRange, max: u64, map: &BlockMap) -> Option<Step> {
-        let run = map.missing_in(range).next()?;
-        let up_to = |end: u64| BlockRange::new(run.start, BlockIndex(end.min(run.end.0)));
-        let zero = self.zero.get(self.zero.partition_point(|zero| zero.end <= run.start));
-        Some(match zero {
-            Some(zero) if zero.start <= run.start => {
-                let longest = (MAX_ZERO_STEP / self.block_size.bytes()).max(1);
-                Step::Zero(up_to(zero.end.0.min(run.start.0 + longest)))
-            }
-            Some(zero) => Step::Fetch(up_to(zero.start.0.min(run.start.0 + max.max(1)))),
-            None => Step::Fetch(up_to(run.start.0 + max.max(1))),
-        })
+        let start = map.first_missing(range)?;
+        // Only so far is the map looked at: the run may go on for the rest of the disk.
+        let run = |end: BlockIndex, longest: u64| {
+            let end = end.0.min(start.0.saturating_add(longest.max(1))).min(range.end.0);
+            map.missing_in(BlockRange::new(start, BlockIndex(end))).next()
+        };
+        let zero = self.zero.get(self.zero.partition_point(|zero| zero.end <= start));
+        match zero {
+            Some(zero) if zero.start <= start => run(zero.end, MAX_ZERO_STEP / self.block_size.bytes()).map(Step::Zero),
+            Some(zero) => run(zero.start, max).map(Step::Fetch),
+            None => run(range.end, max).map(Step::Fetch),
+        }
     }
 }
 
