@@ -61,7 +61,9 @@ impl Job {
             Until::Bytes(bytes) => arguments.extend([format!("--io_size={bytes}"), "--runtime=60".to_owned()]),
         }
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let output = run("fio", "fio", &arguments);
+        // fio has no way to name certificates; libnbd finds them at home.
+        let home = format!("HOME={}", crate::servers::home_with_certificates().display());
+        let output = run("env", "fio", &[&[home.as_str(), "fio"], &arguments[..]].concat());
         // It may say something before the document.
         let start = output.find('{').unwrap_or_else(|| panic!("fio's answer is not JSON: {output}"));
         let document: Value =

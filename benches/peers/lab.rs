@@ -44,6 +44,11 @@ impl Scope {
 /// What is removed when the process is interrupted.
 static LEFTOVERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
+/// A directory that is there until the process ends.
+pub fn keep_until_the_end() -> PathBuf {
+    LEFTOVERS.lock().unwrap()[0].clone()
+}
+
 /// A directory on disk and one in memory.
 pub struct Lab {
     /// How much is measured.

@@ -9,12 +9,19 @@
 //! marked, and is no failure: figures of a shared machine are not; the exit status tells only whether all could be measured.
 //!
 //! - `lab`: the directories, images and memory that it is done with, and that nothing is left of it
-//! - `servers`, `fio`: who serves, and who asks
-//! - `warm`: the suites
+//! - `servers`, `bare`, `qmp`, `fio`, `delay`: who serves, who asks, and a link that takes its time
+//! - `warm`, `cold`, `pull`, `distance`, `scale`: the suites
 
+mod bare;
+mod cold;
+mod delay;
+mod distance;
 mod fio;
 mod lab;
+mod pull;
+mod qmp;
 mod report;
+mod scale;
 mod servers;
 #[path = "../../tests/support/mod.rs"]
 mod support;
@@ -29,12 +36,33 @@ use report::Report;
 /// A group of rows that share their servers.
 type Suite = (&'static str, fn(&Lab, &mut Report));
 
-const SUITES: [Suite; 2] = [("warm", warm::plain), ("tls-warm", warm::encrypted)];
+const SUITES: [Suite; 13] = [
+    ("warm", warm::plain),
+    ("cold", cold::plain),
+    ("pull-memory", pull::to_memory),
+    ("pull-disk", pull::to_disk),
+    ("pull-sparse", pull::sparse),
+    ("cold-while-pulling", cold::while_pulling),
+    ("distance-pull", distance::pull),
+    ("distance-cold", distance::cold),
+    ("scale", scale::large),
+    ("pause", scale::pause),
+    ("tracking", warm::tracking),
+    ("tls-warm", warm::encrypted),
+    ("tls-pull", pull::encrypted),
+];
 
 fn main() -> ExitCode {
+    let all: Vec<String> = std::env::args().skip(1).collect();
+    if let [first, image, address] = &all[..]
+        && first == bare::ARGUMENT
+    {
+        bare::serve(image, address);
+        return ExitCode::SUCCESS;
+    }
     let mut scope = Scope::FULL;
     let (mut filters, mut list) = (Vec::new(), false);
-    let mut arguments = std::env::args().skip(1);
+    let mut arguments = all.into_iter();
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--quick" => scope = Scope::QUICK,

@@ -1,6 +1,6 @@
 //! Who serves: the peers and our node, each as its documentation says to run it, until dropped.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use tempfile::TempDir;
@@ -9,22 +9,25 @@ use crate::lab::Lab;
 use crate::support::{Background, Node, free_port, run, wait_for, wait_for_socket};
 
 /// The certificates of both sides, as `tls init` makes them: for the node, and for everybody else.
-static CERTIFICATES: OnceLock<TempDir> = OnceLock::new();
-
-/// The directory of certificates.
 pub fn certificates() -> &'static Path {
-    let directory = CERTIFICATES.get_or_init(|| {
-        let directory = tempfile::tempdir_in(crate::report::target_directory()).expect("a directory");
-        let place = directory.path().join("tls");
-        let place = place.to_str().expect("a path of text");
-        run(
-            crate::support::program(),
-            "lazy-migrate",
-            &["tls", "init", place, "--host", "localhost", "--host", "127.0.0.1"],
-        );
-        directory
-    });
-    Box::leak(directory.path().join("tls").into_boxed_path())
+    static PLACE: OnceLock<PathBuf> = OnceLock::new();
+    PLACE.get_or_init(|| {
+        let place = crate::lab::keep_until_the_end().join("tls");
+        let hosts = ["--host", "localhost", "--host", "127.0.0.1"];
+        run(crate::support::program(), "lazy-migrate", &[&["tls", "init", text(&place)], &hosts[..]].concat());
+        place
+    })
+}
+
+/// A home directory in which libnbd finds the certificates without being told.
+pub fn home_with_certificates() -> &'static Path {
+    static HOME: OnceLock<PathBuf> = OnceLock::new();
+    HOME.get_or_init(|| {
+        let home = certificates().with_file_name("home");
+        std::fs::create_dir_all(home.join(".pki")).expect("a directory");
+        std::os::unix::fs::symlink(certificates(), home.join(".pki/libnbd")).expect("a link");
+        home
+    })
 }
 
 /// A server of one disk.
@@ -167,7 +170,7 @@ impl Server {
 
     /// `nbd-server`.
     pub fn nbd_server(lab: &Lab, way: Way, image: &Path) -> Server {
-        let tls = match way {
+        let more = match way {
             Way::Tls => {
                 let place = text(certificates());
                 format!(
@@ -175,10 +178,11 @@ impl Server {
                      force_tls = true\n"
                 )
             }
-            Way::Unix | Way::Tcp => String::new(),
+            Way::Tcp => String::new(),
+            Way::Unix => "unixsock = SOCKET\n".to_owned(),
         };
         let config = format!(
-            "CONFIG=[generic]\nlistenaddr = 127.0.0.1\nport = PORT\nunixsock = SOCKET\nallowlist = true\n{tls}[disk]\n\
+            "CONFIG=[generic]\nlistenaddr = 127.0.0.1\nport = PORT\nallowlist = true\n{more}[disk]\n\
              exportname = {}\nflush = true\nfua = true\n",
             text(image)
         );
@@ -198,10 +202,10 @@ impl Server {
     }
 }
 
-/// nbdkit's cow filter over another server, in memory, with what clients read kept in units of 4 KiB.
+/// nbdkit's cow filter over another server, in memory, with what clients read kept.
 pub fn cow_over(lab: &Lab, name: &'static str, from: &str, filters: &[&str], more: &[&str]) -> Server {
     let uri = format!("uri={from}");
-    let keep = ["--filter=cow", "nbd", &uri, "shared=true", "cow-on-read=true", "cow-block-size=4096"];
+    let keep = ["--filter=cow", "nbd", &uri, "shared=true", "cow-on-read=true"];
     Server::nbdkit(lab, name, Way::Unix, &[filters, &keep, more].concat())
 }
 

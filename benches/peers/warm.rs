@@ -1,5 +1,6 @@
 //! Blocks that are present: 4 KiB at random, alone and 32 at a time, and 1 MiB 16 at a time.
 
+use crate::bare::Bare;
 use crate::fio::{Job, Measured, Until};
 use crate::lab::{KIB, Lab, MIB};
 use crate::report::{Bar, Better, OURS, Report, Row};
@@ -64,4 +65,26 @@ pub fn plain(lab: &Lab, report: &mut Report) {
 /// With TLS, on TCP.
 pub fn encrypted(lab: &Lab, report: &mut Report) {
     measure(lab, report, Way::Tls, ", TLS");
+}
+
+/// The same server over the same file, without a tracker, a map, a gate: what those cost a writer.
+pub fn tracking(lab: &Lab, report: &mut Report) {
+    let image = lab.random_image(lab.scope.warm);
+    let place = lab.in_memory();
+    let bare = Bare::start(place, &image);
+    let added = OurNode::of_image(lab, Way::Unix, &image);
+    let work = [("4 KiB random write, depth 1", 4 * KIB, 1), ("4 KiB random write, depth 32", 4 * KIB, 32)];
+    for (name, block, depth) in work {
+        let mut row =
+            Row::new(format!("write tracking, {name}"), "IOPS", Better::Higher, Bar::Times(0.97, "untracked"));
+        for run in 0..2 * lab.scope.runs {
+            for (contender, uri) in [(OURS, &added.uri), ("untracked", &bare.uri)] {
+                Lab::settle([image.as_path()]);
+                let until = Until::Seconds(lab.scope.seconds);
+                let job = Job { pattern: "randwrite", block, depth, until, seed: run as u64 };
+                row.add(contender, job.run(uri).iops);
+            }
+        }
+        report.extend([row]);
+    }
 }
