@@ -53,6 +53,9 @@ impl Job {
             format!("--iodepth={}", self.depth),
             format!("--randseed={}", self.seed),
             "--allrandrepeat=1".to_owned(),
+            // From submission to completion: the engine sends while it submits, and at depth 1 the answer may be there by then.
+            "--lat_percentiles=1".to_owned(),
+            "--clat_percentiles=0".to_owned(),
             "--thread".to_owned(),
             "--output-format=json".to_owned(),
         ];
@@ -71,7 +74,7 @@ impl Job {
         let side = if self.pattern.contains("write") { "write" } else { "read" };
         let result = &document["jobs"][0][side];
         let number = |value: &Value| value.as_f64().unwrap_or_else(|| panic!("fio measured nothing: {output}"));
-        let percentile = |name: &str| number(&result["clat_ns"]["percentile"][name]) / 1000.0;
+        let percentile = |name: &str| number(&result["lat_ns"]["percentile"][name]) / 1000.0;
         assert_eq!(document["jobs"][0]["error"], 0, "fio failed: {output}");
         Measured {
             iops: number(&result["iops"]),
