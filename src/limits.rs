@@ -43,6 +43,9 @@ pub const EXTRA_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// A connection with requests in flight and no reply for this long counts as lost.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How often that is looked at.
+pub const REPLY_LOOK: Duration = Duration::from_secs(5);
+
 /// How long the background pull waits for the upstream's maps before it starts without them.
 pub const MAPS_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -61,6 +64,12 @@ pub const MAX_ZERO_EXTENTS: usize = 1 << 20;
 /// Data extents of the local store that are remembered for `base:allocation`; a more fragmented store is described
 /// coarsely (small holes count as data).
 pub const MAX_STORE_EXTENTS: usize = 1 << 18;
+
+/// A read of at least this many bytes is looked at for holes, in bytes; a shorter one gains nothing by it.
+pub const SPARSE_READ_MIN: usize = 64 << 10;
+
+/// The shortest hole that the answer to a read names, in bytes; a shorter one is sent as zeroes.
+pub const SPARSE_HOLE_MIN: u64 = 32 << 10;
 
 /// The size of a region of the write tracker and of the pull order, in bytes.
 pub const REGION: u64 = 1 << 20;

@@ -72,6 +72,8 @@ pub const MAX_ERROR_PAYLOAD: u32 = 64 << 10;
 pub const RECEIVE_SPACE: usize = 64 << 10;
 /// A buffer that has grown beyond this many bytes is given back when it is empty.
 pub const KEPT_BUFFER: usize = 4 << 20;
+/// How long a server waits for others that take over the same Unix socket's path.
+pub const SOCKET_LOCK_TIME: Duration = Duration::from_secs(5);
 /// Send buffer asked for on Unix sockets, in bytes; the default stalls both ends on large replies.
 pub const SOCKET_SEND_BUFFER: usize = 4 << 20;
 /// Encrypted bytes that are received at once. What a connection holds for TLS comes besides what is counted of it.

@@ -5,8 +5,8 @@ mod common;
 use std::future::Future;
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
-use common::{Probe, Served, Verdict, serve, until, within};
+use bytes::Bytes;
+use common::{Probe, Served, Verdict, acting, serve, until, within};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use nbd::client::{Client, ClientError, ConnectOptions, describe, list, negotiate};
@@ -15,8 +15,7 @@ use nbd::limits::MAX_PAYLOAD;
 use nbd::server::{Ended, ServeOptions};
 use nbd::uri::NbdUri;
 use nbd::wire::{
-    ChunkFlags, ChunkHeader, ChunkType, Command, Errno, Framing, INIT_MAGIC, Info, OPTION_MAGIC, OptionCode,
-    OptionHeader, OptionReply, OptionReplyHeader, Request, SimpleReply, TransmissionFlags,
+    ChunkFlags, ChunkHeader, ChunkType, Command, Errno, Framing, Info, Request, SimpleReply, TransmissionFlags,
 };
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -298,48 +297,18 @@ async fn connecting_says_what_is_wrong() {
     assert!(matches!(error, ClientError::HandshakeTime(_)), "{error}");
 }
 
-/// A server by hand: it grants everything that is asked but extended headers, says `info`, then hands the stream to `play`.
-fn act<F: Future<Output = ()> + Send + 'static>(
-    info: Vec<Info>,
-    play: impl FnOnce(DuplexStream) -> F + Send + 'static,
-) -> (DuplexStream, JoinHandle<()>) {
-    let (client, mut stream) = duplex(1 << 20);
-    let acting = tokio::spawn(async move {
-        let mut out = BytesMut::new();
-        out.put_u64(INIT_MAGIC);
-        out.put_u64(OPTION_MAGIC);
-        out.put_u16(3);
-        stream.write_all(&out).await.unwrap();
-        stream.read_exact(&mut [0; 4]).await.unwrap();
-        loop {
-            let mut head = [0; OptionHeader::LENGTH];
-            stream.read_exact(&mut head).await.unwrap();
-            let header = OptionHeader::decode(&head).unwrap();
-            stream.read_exact(&mut vec![0; header.length as usize]).await.unwrap();
-            out.clear();
-            if header.option == OptionCode::GO {
-                for piece in &info {
-                    let mut data = BytesMut::new();
-                    piece.encode(&mut data);
-                    OptionReplyHeader::encode(header.option, OptionReply::INFO, &data, &mut out);
-                }
-            }
-            let extended = header.option == OptionCode::EXTENDED_HEADERS;
-            let reply = if extended { OptionReply::ERR_UNSUP } else { OptionReply::ACK };
-            OptionReplyHeader::encode(header.option, reply, b"", &mut out);
-            stream.write_all(&out).await.unwrap();
-            if header.option == OptionCode::GO {
-                return play(stream).await;
-            }
-        }
-    });
-    (client, acting)
-}
-
 async fn request(stream: &mut DuplexStream) -> Request {
     let mut head = [0; Request::LENGTH];
     stream.read_exact(&mut head).await.unwrap();
     Request::decode(&head).unwrap()
+}
+
+/// A server by hand that speaks in structured replies.
+fn act<F: Future<Output = ()> + Send + 'static>(
+    info: Vec<Info>,
+    play: impl FnOnce(DuplexStream) -> F + Send + 'static,
+) -> (DuplexStream, JoinHandle<()>) {
+    acting::act(Framing::Structured, info, play)
 }
 
 fn export_info(flags: TransmissionFlags) -> Info {

@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,6 +59,111 @@ async fn a_unix_socket_is_its_owners_alone() {
     let path = directory.path().join("s");
     let _listener = Listener::bind(&Address::Unix(path.clone())).await.unwrap();
     assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_unix_socket_is_never_open_to_others_not_even_for_a_moment() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let end = CancellationToken::new();
+    let watcher = std::thread::spawn({
+        let (path, end) = (path.clone(), end.clone());
+        move || {
+            let mut seen = std::collections::BTreeSet::new();
+            while !end.is_cancelled() {
+                seen.extend(std::fs::symlink_metadata(&path).map(|found| found.permissions().mode() & 0o777));
+            }
+            seen
+        }
+    });
+    for _ in 0..300 {
+        drop(Listener::bind(&Address::Unix(path.clone())).await.unwrap());
+    }
+    let _listener = Listener::bind(&Address::Unix(path.clone())).await.unwrap();
+    let kept = std::fs::read_dir(directory.path()).unwrap().count();
+    assert_eq!(kept, 1, "nothing but the socket stays");
+    end.cancel();
+    let seen: Vec<u32> = watcher.join().unwrap().into_iter().collect();
+    assert_eq!(seen, [0o600]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_servers_that_start_at_once_on_a_dead_ones_path_one_has_it() {
+    for _ in 0..50 {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let address = Address::Unix(path.clone());
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let start = Arc::new(tokio::sync::Barrier::new(4));
+        let servers: Vec<_> = (0..4)
+            .map(|_| {
+                let (start, address) = (start.clone(), address.clone());
+                tokio::spawn(async move {
+                    start.wait().await;
+                    Listener::bind(&address).await
+                })
+            })
+            .collect();
+        let mut winners = Vec::new();
+        for server in servers {
+            match within(server).await.unwrap() {
+                Ok(listener) => winners.push(listener),
+                Err(error) => assert!(matches!(error, ListenError::InUse(_)), "{error:?}"),
+            }
+        }
+        assert_eq!(winners.len(), 1);
+        let uri = uri(&winners[0]);
+        let (_shutdown, _running) = run(winners.remove(0), exports(), ServeOptions::default());
+        Client::connect(&uri, &ConnectOptions::default()).await.expect("the path is the winner's");
+    }
+}
+
+#[tokio::test]
+async fn a_path_is_taken_over_by_one_server_at_a_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    let lock = directory.path().join("s.lock");
+    // Left by a server that was killed: nobody holds it.
+    std::fs::write(&lock, "").unwrap();
+    drop(Listener::bind(&Address::Unix(path.clone())).await.unwrap());
+    assert!(!lock.exists());
+    // Another server is about to take the dead one's path: it holds the lock, and then listens.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let held = std::fs::File::create(&lock).unwrap();
+    held.lock().unwrap();
+    let waiting = tokio::spawn({
+        let address = Address::Unix(path.clone());
+        async move { Listener::bind(&address).await }
+    });
+    tokio::time::timeout(Duration::from_millis(50), std::future::pending::<()>()).await.unwrap_err();
+    assert!(!waiting.is_finished());
+    std::fs::remove_file(&path).unwrap();
+    let _other = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    drop(held);
+    let error = within(waiting).await.unwrap().map(drop).unwrap_err();
+    assert!(matches!(error, ListenError::InUse(_)), "{error}");
+    assert!(std::os::unix::net::UnixStream::connect(&path).is_ok(), "the other's path is left alone");
+}
+
+#[tokio::test]
+async fn a_server_too_busy_to_accept_is_a_server() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("s");
+    use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket};
+    let unix = |flags| socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+    let (server, there) = (unix(SockFlag::empty()), UnixAddr::new(&path).unwrap());
+    bind(server.as_raw_fd(), &there).unwrap();
+    listen(&server, Backlog::new(1).unwrap()).unwrap();
+    let mut clients = Vec::new();
+    loop {
+        let client = unix(SockFlag::SOCK_NONBLOCK);
+        match connect(client.as_raw_fd(), &there) {
+            Ok(()) => clients.push(client),
+            Err(full) => break assert_eq!(full, nix::errno::Errno::EAGAIN),
+        }
+    }
+    let error = Listener::bind(&Address::Unix(path.clone())).await.map(drop).unwrap_err();
+    assert!(matches!(error, ListenError::InUse(_)), "{error}");
 }
 
 #[tokio::test]

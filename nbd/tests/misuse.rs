@@ -4,16 +4,17 @@ mod common;
 
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
+use common::acting::act;
 use common::{Probe, Raw, Served, Verdict, serve, within};
 use nbd::client::{Client, ClientError, ConnectOptions};
 use nbd::limits::{MAX_OPTION_DATA, MAX_PAYLOAD, OUTPUT_HIGH_WATER};
 use nbd::server::{Ended, ServeOptions, ServerError};
 use nbd::wire::{
-    ChunkFlags, ChunkType, Command, CommandFlags, Errno, ExtendedChunkHeader, Framing, INIT_MAGIC, Info, OPTION_MAGIC,
-    OptionCode, OptionHeader, OptionReply, OptionReplyHeader, Request, SimpleReply, TransmissionFlags,
+    ChunkFlags, ChunkType, Command, CommandFlags, Errno, ExtendedChunkHeader, Framing, Info, OptionCode, OptionHeader,
+    OptionReply, OptionReplyHeader, Request, SimpleReply, TransmissionFlags,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 const SIZE: usize = 1 << 20;
 const FRAMINGS: [Framing; 3] = [Framing::Simple, Framing::Structured, Framing::Extended];
@@ -75,6 +76,27 @@ async fn an_oversized_option_is_skipped_and_refused() {
     let data = vec![7; 3 * MAX_OPTION_DATA as usize];
     assert_eq!(option(&mut served.stream, OptionCode::GO, &data).await, OptionReply::ERR_TOO_BIG);
     assert_eq!(option(&mut served.stream, OptionCode::EXTENDED_HEADERS, b"").await, OptionReply::ACK);
+}
+
+#[tokio::test]
+async fn a_name_is_a_name_and_leads_nowhere() {
+    let mut served = greeted().await;
+    let go = |name: &[u8]| [&(name.len() as u32).to_be_bytes(), name, &[0, 0]].concat();
+    for name in [&b"a/b"[..], b"..", b"../disk", b"/etc/passwd", b".", &[b'a'; 4096]] {
+        assert_eq!(option(&mut served.stream, OptionCode::INFO, &go(name)).await, OptionReply::ERR_UNKNOWN);
+    }
+    for name in [&b"di\0sk"[..], b"disk\0", &[b'a'; 4097], b"\xff"] {
+        assert_eq!(option(&mut served.stream, OptionCode::GO, &go(name)).await, OptionReply::ERR_INVALID);
+    }
+    assert_eq!(option(&mut served.stream, OptionCode::ABORT, b"").await, OptionReply::ACK);
+    // EXPORT_NAME has no way to say so.
+    for name in [&b".."[..], b"di\0sk", &[b'a'; 4096], &[b'a'; 4097]] {
+        let mut served = greeted().await;
+        let mut bytes = BytesMut::new();
+        OptionHeader::encode(OptionCode::EXPORT_NAME, name, &mut bytes);
+        served.stream.write_all(&bytes).await.unwrap();
+        assert!(matches!(within(served.ended).await.unwrap(), Err(ServerError::Handshake(_))));
+    }
 }
 
 #[tokio::test]
@@ -192,28 +214,8 @@ async fn a_payload_on_a_command_that_has_none_is_refused_in_step() {
 /// A server by hand in transmission with extended headers, after one request of 512 bytes at 1024 has come; what the
 /// client's read makes of `reply`.
 async fn read_answered(reply: impl FnOnce(u64) -> Vec<u8> + Send + 'static) -> Result<Bytes, ClientError> {
-    let (client, mut stream) = duplex(1 << 20);
-    let acting = tokio::spawn(async move {
-        let mut out = BytesMut::new();
-        out.put_u64(INIT_MAGIC);
-        out.put_u64(OPTION_MAGIC);
-        out.put_u16(3);
-        stream.write_all(&out).await.unwrap();
-        stream.read_exact(&mut [0; 4]).await.unwrap();
-        for last in [false, true] {
-            let mut head = [0; OptionHeader::LENGTH];
-            stream.read_exact(&mut head).await.unwrap();
-            let OptionHeader { option, length } = OptionHeader::decode(&head).unwrap();
-            stream.read_exact(&mut vec![0; length as usize]).await.unwrap();
-            out.clear();
-            if last {
-                let mut info = BytesMut::new();
-                Info::Export { size: SIZE as u64, flags: TransmissionFlags::HAS_FLAGS }.encode(&mut info);
-                OptionReplyHeader::encode(option, OptionReply::INFO, &info, &mut out);
-            }
-            OptionReplyHeader::encode(option, OptionReply::ACK, b"", &mut out);
-            stream.write_all(&out).await.unwrap();
-        }
+    let info = vec![Info::Export { size: SIZE as u64, flags: TransmissionFlags::HAS_FLAGS }];
+    let (client, acting) = act(Framing::Extended, info, |mut stream| async move {
         let mut head = [0; Request::EXTENDED_LENGTH];
         stream.read_exact(&mut head).await.unwrap();
         let request = Request::decode_extended(&head).unwrap();

@@ -99,6 +99,7 @@ async fn nbdkit_does_every_command() {
         (vec!["--filter=noparallel", "memory", &size, "serialize=all-requests"], true, true),
         (vec!["--filter=nofilter", "memory", &size], true, true),
         (vec!["--filter=delay", "-t", "4", "memory", &size, "delay-write=1ms"], true, true),
+        (vec!["--filter=cache", "memory", &size], true, true),
         (vec!["--filter=fua", "memory", &size, "fuamode=emulate"], true, true),
         (vec!["--filter=blocksize", "memory", &size, "minblock=4096", "maxdata=64k"], true, true),
         (vec!["--filter=multi-conn", "memory", &size, "multi-conn-mode=disable"], true, false),

@@ -11,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use futures::StreamExt;
-use nbd::server::listener::UnixPath;
+use nbd::server::unix_path::UnixPath;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -58,7 +58,7 @@ impl ControlSocket {
         if let Some(directory) = path.parent() {
             std::fs::create_dir_all(directory).map_err(|error| failed("make the directory of", error))?;
         }
-        let (listener, path) = nbd::server::listener::bind_owned_unix(path)
+        let (listener, path) = nbd::server::unix_path::bind_owned_unix(path)
             .await
             .map_err(|error| Failure::refused(format!("cannot open the control socket: {}", chain(&error))))?;
         Ok(Self { listener, path })

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,8 @@ pub(super) struct Inner {
     pub(super) fetcher: Option<Arc<Fetcher>>,
     pub(super) started: Instant,
     pub(super) clients: AtomicUsize,
+    /// A long read has had the store's holes looked for.
+    pub(super) holes_looked_for: AtomicBool,
     complete: watch::Receiver<PullState>,
     /// Keeps the state of a local image, which is always complete.
     _local_state: watch::Sender<PullState>,
@@ -166,6 +168,7 @@ impl LazyExport {
                 fetcher,
                 started: Instant::now(),
                 clients: AtomicUsize::new(0),
+                holes_looked_for: AtomicBool::new(false),
                 links,
                 first: Mutex::new(first),
                 map_files: parts.map_files,

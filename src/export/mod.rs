@@ -6,6 +6,7 @@
 //! - `lazy`: construction, start and shutdown
 //! - `requests`: the trait's methods
 //! - `mutation`: writes, trims and zeroings, and how they meet missing blocks
+//! - `sparse`: reads that need no upstream, and their holes
 //! - `flush`: FLUSH and FUA, shared by all connections
 //! - `contexts`: BLOCK_STATUS
 //! - `gate`: who may do what at the moment (freeze point, fencing)
@@ -17,6 +18,7 @@ mod gate;
 mod lazy;
 mod mutation;
 mod requests;
+mod sparse;
 mod status;
 
 pub use config::{ExportConfig, ExportError};

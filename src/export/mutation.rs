@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use nbd::export::Answer;
+use nbd::export::{Answer, ZeroMode};
 use nbd::wire::Errno;
 
 use super::gate::Refusal;
@@ -22,7 +22,7 @@ use crate::units::{BlockRange, ByteRange};
 #[derive(Clone, Debug)]
 pub(super) enum Mutation {
     Write { offset: u64, data: Bytes },
-    Zero { range: ByteRange, no_hole: bool },
+    Zero { range: ByteRange, mode: ZeroMode },
     Trim { range: ByteRange },
 }
 
@@ -44,6 +44,11 @@ impl Mutation {
             Mutation::Write { offset, data } => ByteRange::at(*offset, data.len() as u64),
             Mutation::Zero { range, .. } | Mutation::Trim { range } => *range,
         }
+    }
+
+    /// To be refused where writing the zeroes would be as fast.
+    fn is_fast(&self) -> bool {
+        matches!(self, Mutation::Zero { mode: ZeroMode { fast: true, .. }, .. })
     }
 
     /// It may take long: not for the connection's own task.
@@ -114,10 +119,7 @@ impl Inner {
     /// Makes blocks present that a change covers in part.
     async fn bring(&self, blocks: BlockRange) -> Result<(), Errno> {
         let Some(fetcher) = &self.fetcher else { return Ok(()) };
-        tokio::select! {
-            _ = fetcher.fetch(blocks, Class::Demand) => {}
-            errno = self.gate.until_closed() => return Err(errno),
-        }
+        self.fetch_or_closed(fetcher, blocks, Class::Demand).await?;
         if self.disk.map.is_present(blocks) {
             return Ok(());
         }
@@ -145,8 +147,12 @@ impl Inner {
                 Err(tried) => return tried,
             }
         };
-        if let Err(error) = result {
-            return Tried::Failed(errno_of(&error));
+        match result {
+            Ok(()) => {}
+            Err(error) if mutation.is_fast() && error.kind() == io::ErrorKind::Unsupported => {
+                return Tried::Failed(Errno::ENOTSUP);
+            }
+            Err(error) => return Tried::Failed(errno_of(&error)),
         }
         self.tracker.record(self.started.elapsed(), range);
         self.flusher.changed();
@@ -172,6 +178,9 @@ impl Inner {
             if part.is_empty() {
                 return Ok(Ok(()));
             }
+        } else if mutation.is_fast() && !missing_edges.is_empty() {
+            // A round trip to the source is not what was asked for.
+            return Err(Tried::Failed(Errno::ENOTSUP));
         } else if !missing_edges.is_empty() {
             return Err(Tried::Needs(missing_edges));
         }
@@ -198,7 +207,11 @@ impl Inner {
     fn apply(&self, mutation: &Mutation, range: ByteRange) -> io::Result<()> {
         match mutation {
             Mutation::Write { offset, data } => self.disk.write(*offset, data),
-            Mutation::Zero { no_hole, .. } => self.disk.write_zeroes(range, *no_hole),
+            Mutation::Zero { mode: ZeroMode { no_hole, fast: false }, .. } => self.disk.write_zeroes(range, *no_hole),
+            Mutation::Zero { mode: ZeroMode { no_hole, fast: true }, .. } => {
+                let done = self.disk.zero_fast(range, *no_hole)?;
+                if done { Ok(()) } else { Err(io::ErrorKind::Unsupported.into()) }
+            }
             Mutation::Trim { .. } => self.disk.discard(range),
         }
     }
@@ -211,4 +224,43 @@ fn edges_of(cover: BlockRange, inside: BlockRange) -> Vec<BlockRange> {
     }
     let ends = [BlockRange::new(cover.start, inside.start), BlockRange::new(inside.end, cover.end)];
     ends.into_iter().filter(|edge| !edge.is_empty()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use nbd::export::Export;
+
+    use super::super::LazyExport;
+    use super::super::testing::{Lab, Source, done, read};
+    use super::*;
+    use crate::store::MemoryStore;
+
+    const FAST: ZeroMode = ZeroMode { no_hole: false, fast: true };
+
+    #[tokio::test]
+    async fn a_fast_zeroing_is_done_where_the_store_has_a_call_for_it_and_refused_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        std::fs::write(&image, vec![7; 65536]).unwrap();
+        let file = LazyExport::local("file", &image, false).unwrap();
+        assert!(file.info().fast_zero);
+        done(file.write_zeroes(100, 50_000, FAST, true)).await.unwrap();
+        let bytes = std::fs::read(&image).unwrap();
+        assert!(bytes[100..50_100].iter().all(|byte| *byte == 0) && bytes[99] == 7 && bytes[50_100] == 7);
+
+        let memory = LazyExport::local_on("memory", Arc::new(MemoryStore::from_bytes(vec![7; 65536])), false).unwrap();
+        assert_eq!(done(memory.write_zeroes(0, 4096, FAST, false)).await, Err(Errno::ENOTSUP));
+        assert_eq!(read(&memory, 0, 65536).await.unwrap(), vec![7; 65536], "nothing was changed");
+        done(memory.write_zeroes(0, 4096, ZeroMode::default(), false)).await.unwrap();
+        assert_eq!(read(&memory, 4095, 2).await.unwrap(), [0, 7]);
+    }
+
+    #[tokio::test]
+    async fn a_fast_zeroing_waits_for_no_source() {
+        let lab = Lab::new(Source::new(Source::pattern(65536)), |config| config.background = false).await;
+        lab.source.close_valve();
+        let refused = lab.export.write_zeroes(100, 8192, FAST, false);
+        assert!(matches!(refused, Answer::Now(Err(Errno::ENOTSUP))), "its edges are missing");
+        assert!(lab.source.reads().is_empty());
+    }
 }

@@ -12,8 +12,8 @@ use super::gate::{GateMode, Refusal};
 use super::lazy::{Inner, LazyExport};
 use super::mutation::{self, Mutation};
 use super::status::errno_of;
-use crate::fetch::Class;
-use crate::units::ByteRange;
+use crate::fetch::{Class, Fetched, Fetcher};
+use crate::units::{BlockRange, ByteRange};
 
 impl Export for LazyExport {
     fn info(&self) -> ExportInfo {
@@ -27,6 +27,8 @@ impl Export for LazyExport {
             },
             preferred_block: self.inner.disk.block_size.bytes() as u32,
             multi_conn: true,
+            fast_zero: true,
+            rotational: self.inner.disk.is_rotational(),
             contexts: contexts::NAMES.iter().map(|name| (*name).to_owned()).collect(),
             ..ExportInfo::default()
         }
@@ -35,18 +37,21 @@ impl Export for LazyExport {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
         let inner = &self.inner;
         let range = ByteRange::at(offset, buffer.len() as u64);
+        let later = || ReadAnswer::Later(Box::pin(read_later(inner.clone(), range)));
         match inner.gate.serve() {
-            Ok(()) if inner.disk.map.is_present(inner.disk.block_size.cover(range)) => {
-                let read = inner.disk.read(offset, buffer);
-                // The lease may have ended while the disk was slow, or this process stood still.
-                match inner.gate.serve() {
-                    Ok(()) => ReadAnswer::Now(read.map_err(|error| errno_of(&error))),
-                    Err(Refusal::Fail(errno)) => ReadAnswer::Now(Err(errno)),
-                    Err(Refusal::Wait) => ReadAnswer::Later(Box::pin(read_later(inner.clone(), range))),
-                }
-            }
-            Err(Refusal::Fail(errno)) => ReadAnswer::Now(Err(errno)),
-            Ok(()) | Err(Refusal::Wait) => ReadAnswer::Later(Box::pin(read_later(inner.clone(), range))),
+            Ok(()) => {}
+            Err(Refusal::Fail(errno)) => return ReadAnswer::Now(Err(errno)),
+            Err(Refusal::Wait) => return later(),
+        }
+        let Some(missing) = inner.readable(range) else { return later() };
+        let read = inner.read_here(offset, buffer, &missing);
+        // The lease may have ended while the disk was slow, or this process stood still.
+        match (inner.gate.serve(), read) {
+            (Ok(()), Ok(holes)) if holes.is_empty() => ReadAnswer::Now(Ok(())),
+            (Ok(()), Ok(holes)) => ReadAnswer::Sparse(holes),
+            (Ok(()), Err(error)) => ReadAnswer::Now(Err(errno_of(&error))),
+            (Err(Refusal::Fail(errno)), _) => ReadAnswer::Now(Err(errno)),
+            (Err(Refusal::Wait), _) => later(),
         }
     }
 
@@ -78,7 +83,7 @@ impl Export for LazyExport {
 
     fn write_zeroes(&self, offset: u64, length: u64, mode: ZeroMode, fua: bool) -> Answer<()> {
         let range = ByteRange::at(offset, length);
-        mutation::answer(&self.inner, Mutation::Zero { range, no_hole: mode.no_hole }, fua)
+        mutation::answer(&self.inner, Mutation::Zero { range, mode }, fua)
     }
 
     fn cache(&self, offset: u64, length: u64) -> Answer<()> {
@@ -90,10 +95,7 @@ impl Export for LazyExport {
                 Answer::Later(Box::pin(async move {
                     // Before the handover the source still changes: what came now would stay, and be stale.
                     inner.gate.until_served().await?;
-                    tokio::select! {
-                        _ = fetcher.fetch(blocks, Class::ReadAhead) => Ok(()),
-                        errno = inner.gate.until_closed() => Err(errno),
-                    }
+                    inner.fetch_or_closed(&fetcher, blocks, Class::ReadAhead).await.map(drop)
                 }))
             }
             _ => Answer::Now(Ok(())),
@@ -124,6 +126,21 @@ impl Drop for Client {
     }
 }
 
+impl Inner {
+    /// Has blocks fetched; ESHUTDOWN if the export is closed before they are here.
+    pub(super) async fn fetch_or_closed(
+        &self,
+        fetcher: &Arc<Fetcher>,
+        blocks: BlockRange,
+        class: Class,
+    ) -> Result<Fetched, Errno> {
+        tokio::select! {
+            brought = fetcher.fetch(blocks, class) => Ok(brought),
+            errno = self.gate.until_closed() => Err(errno),
+        }
+    }
+}
+
 /// A read that must wait: for the gate, or for missing blocks.
 async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno> {
     inner.gate.until_served().await?;
@@ -132,10 +149,7 @@ async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno>
     let bytes = match &inner.fetcher {
         Some(fetcher) if missing => {
             let fault = fetcher.faults.begin();
-            let brought = tokio::select! {
-                brought = fetcher.fetch(blocks, Class::Demand) => brought,
-                errno = inner.gate.until_closed() => return Err(errno),
-            };
+            let brought = inner.fetch_or_closed(fetcher, blocks, Class::Demand).await?;
             fault.served();
             brought.assemble(&inner.disk, range)
         }

@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::{ExportConfig, LazyExport};
 use crate::store::{FaultyStore, MapError, MapFile, Store};
-use crate::upstream::{Connect, Connection, ReadError, Upstream, UpstreamError};
+use crate::upstream::{Connect, Connection, ReadDone, ReadError, Upstream, UpstreamError};
 
 /// The disk at the source, and its faults.
 pub(super) struct Source {
@@ -125,11 +125,11 @@ impl Connection for Wire {
         self.source.contexts.contains_key(name)
     }
 
-    fn read(&self, offset: u64, length: u32) -> BoxFuture<'static, Result<Bytes, ReadError>> {
+    fn read(&self, offset: u64, length: u32, done: ReadDone) {
         let source = self.source.clone();
         let mut cut = self.cut.clone();
         source.reads.lock().unwrap().push((offset, length));
-        Box::pin(async move {
+        tokio::spawn(async move {
             let answer = async {
                 if source.valve_used.load(Ordering::SeqCst) {
                     source.valve.acquire().await.unwrap().forget();
@@ -141,11 +141,11 @@ impl Connection for Wire {
                 tokio::task::yield_now().await;
                 Ok(Bytes::copy_from_slice(&source.bytes[offset as usize..][..length as usize]))
             };
-            tokio::select! {
+            done(tokio::select! {
                 answer = answer => answer,
                 _ = cut.changed() => Err(ReadError::Lost("cut".into())),
-            }
-        })
+            })
+        });
     }
 
     fn block_status(

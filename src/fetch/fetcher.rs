@@ -13,6 +13,7 @@ use bytes::Bytes;
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::assemble::Fetched;
+use super::lane::Carriage;
 use super::queue::{Cargo, Carrier, ClaimId, Claimed, Class, FetchQueue, FlightId, Outgoing, Ticket};
 use super::stats::{FaultStats, PullCounters};
 use super::window::Window;
@@ -47,6 +48,10 @@ pub struct Fetcher {
     /// Bytes a second of background pull; 0 is no limit.
     rate: AtomicU64,
     demand_wake: Notify,
+    /// The demand lane's connection, while it has one.
+    demand: Mutex<Option<Arc<Carriage>>>,
+    /// The background waits for the end of demand.
+    held_back: AtomicBool,
     background_wake: [Notify; BACKGROUND_CONNECTIONS],
     all_present: Notify,
     pull_state: watch::Sender<PullState>,
@@ -91,6 +96,8 @@ impl Fetcher {
             background: AtomicBool::new(background),
             rate: AtomicU64::new(rate.unwrap_or(0)),
             demand_wake: Notify::new(),
+            demand: Mutex::default(),
+            held_back: AtomicBool::new(false),
             background_wake: Default::default(),
             all_present: Notify::new(),
             pull_state: watch::Sender::new(first),
@@ -123,9 +130,16 @@ impl Fetcher {
                 }
             }
             let Some(mut waiting) = waiting else { return brought };
-            self.demand_wake.notify_one();
+            self.send_demand();
             brought.extend(waiting.done().await);
         }
+    }
+
+    /// The missing blocks of a range if the source's map says of all of them that they are zero.
+    pub fn missing_zeroes(&self, blocks: BlockRange) -> Option<Vec<BlockRange>> {
+        let missing: Vec<BlockRange> = self.disk.map.missing_in(blocks).collect();
+        let state = self.lock();
+        missing.iter().all(|part| state.order.is_zero(*part)).then_some(missing)
     }
 
     /// Claims blocks for a local write. While the guard lives no fetch lands on them.
@@ -206,6 +220,19 @@ impl Fetcher {
         change(&mut self.lock().order)
     }
 
+    /// The demand lane has a connection, or has none any more.
+    pub(crate) fn set_demand(&self, carriage: Option<Arc<Carriage>>) {
+        *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = carriage;
+    }
+
+    fn send_demand(&self) {
+        let carriage = self.demand.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        // Without one the flights wait for the lane's next connection.
+        if let Some(carriage) = carriage {
+            carriage.send_demand();
+        }
+    }
+
     pub(crate) fn wake(&self, lane: LaneKind) -> &Notify {
         match lane {
             LaneKind::Demand => &self.demand_wake,
@@ -275,6 +302,7 @@ impl Fetcher {
             window = 1;
         }
         if flying >= window {
+            self.held_back.store(true, Ordering::Release);
             return Next::Wait(None);
         }
         let rate = self.rate.load(Ordering::Acquire);
@@ -348,9 +376,13 @@ impl Fetcher {
             state.window.answered(now, took, whole.len());
         }
         self.note_landing(&mut state, flight, result, now);
+        let demand_rests = state.queue.in_flight(Class::Demand) == 0;
         drop(state);
         self.note_present();
-        self.wake_background();
+        // Of a landing in the background the lane itself knows; the others may have been waiting for room too.
+        if (demand_rests || flight.class == Class::Background) && self.held_back.swap(false, Ordering::AcqRel) {
+            self.wake_background();
+        }
     }
 
     /// The upstream answered an error: again after a pause.

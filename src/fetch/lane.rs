@@ -1,23 +1,25 @@
-//! A lane executes flights over one connection at a time, and gets itself a new one when it is lost.
+//! A lane keeps a connection to the upstream, one at a time, and gets itself a new one when it is lost.
 //!
-//! One task a lane: it sends as many flights as the queue lets it, lands the replies itself (the store's writes go to
-//! the page cache), and never gives up: while the upstream is away its flights wait in the queue.
+//! Its task only waits: for a connection, for its end, for a pause to pass. Flights are sent by whoever has a reason to (a
+//! reader who asked for missing blocks, a reply that made room), and a reply is landed on the connection's own task as soon as
+//! it is here: to the store (whose writes go to the page cache), into the map, to those who wait. So a demand fetch costs
+//! two changes of task, to the connection and back to the reader. It never gives up: while the upstream is away its
+//! flights wait in the queue.
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::StreamExt;
-use futures::future::BoxFuture;
-use futures::stream::FuturesUnordered;
-use tokio::time::{Instant, sleep_until};
+use tokio::sync::Notify;
+use tokio::time::{sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::fetcher::{Fetcher, Next};
 use super::links::{Link, Links};
-use super::queue::{Cargo, Outgoing};
-use crate::limits::{REPLY_TIMEOUT, RETRY_MAX, RETRY_MIN};
-use crate::upstream::{LinkState, ReadError};
+use super::queue::{Cargo, Carrier, Outgoing};
+use crate::limits::{REPLY_LOOK, REPLY_TIMEOUT, RETRY_MAX, RETRY_MIN};
+use crate::upstream::{Connection, LinkState, ReadError};
 
 pub(crate) use super::fetcher::LaneKind;
 
@@ -87,72 +89,192 @@ enum Ended {
     },
 }
 
-type Flying = FuturesUnordered<BoxFuture<'static, (Outgoing, Instant, Result<Bytes, ReadError>)>>;
-
 async fn carry(
     fetcher: &Arc<Fetcher>,
-    links: &Links,
+    links: &Arc<Links>,
     link: &Link,
     lane: LaneKind,
     cancel: &CancellationToken,
 ) -> Ended {
-    let carrier = fetcher.new_carrier();
-    let mut flying: Flying = FuturesUnordered::new();
+    let carriage = Arc::new(Carriage {
+        fetcher: fetcher.clone(),
+        links: links.clone(),
+        connection: link.connection.clone(),
+        lane,
+        carrier: fetcher.new_carrier(),
+        flying: AtomicUsize::new(0),
+        progress: AtomicU64::new(0),
+        useful: AtomicBool::new(false),
+        over: AtomicBool::new(false),
+        broken: Mutex::default(),
+        breaks: Notify::new(),
+    });
+    if lane == LaneKind::Demand {
+        fetcher.set_demand(Some(carriage.clone()));
+    }
     let mut closed = link.connection.closed();
-    let (mut progress, mut useful) = (Instant::now(), false);
+    let lost = |why| Ended::Lost { why, useful: carriage.useful.load(Ordering::Relaxed) };
     let ended = loop {
-        let next = loop {
-            match fetcher.next(lane, carrier) {
-                Next::Send(flight) if flight.cargo == Cargo::Zeroes => {
-                    fetcher.land(&flight, None, Duration::ZERO);
-                    tokio::task::yield_now().await;
+        let timer = match carriage.pump() {
+            Pumped::Yield => {
+                tokio::task::yield_now().await;
+                if cancel.is_cancelled() {
+                    break Ended::Cancelled;
                 }
-                Next::Send(flight) => {
-                    if flying.is_empty() {
-                        progress = Instant::now();
-                    }
-                    let disk = fetcher.disk();
-                    let bytes = disk.block_size.bytes_of(flight.range, disk.size());
-                    let reply = link.connection.read(bytes.start, bytes.len() as u32);
-                    let sent = Instant::now();
-                    flying.push(Box::pin(async move { (flight, sent, reply.await) }));
-                }
-                Next::Wait(until) => break until,
+                continue;
             }
+            Pumped::Until(timer) => timer.map(|at| fetcher.deadline(at)),
         };
-        let timer = next.map(|at| fetcher.deadline(at));
-        let overdue = progress + REPLY_TIMEOUT;
         tokio::select! {
             biased;
             () = cancel.cancelled() => break Ended::Cancelled,
-            Some((flight, sent, result)) = flying.next(), if !flying.is_empty() => match result {
-                Ok(bytes) if bytes.len() as u64 == fetcher.disk().block_size.bytes_of(flight.range, fetcher.disk().size()).len() => {
-                    (progress, useful) = (Instant::now(), true);
-                    fetcher.land(&flight, Some(bytes), sent.elapsed());
-                }
-                Ok(bytes) => break Ended::Lost { why: format!("a reply of {} bytes is not what was asked", bytes.len()), useful: false },
-                Err(ReadError::Refused(why)) => {
-                    progress = Instant::now();
-                    links.report.update(|status| {
-                        status.refused += 1;
-                        status.last_error = Some(why.clone());
-                        if lane == LaneKind::Demand {
-                            status.state = LinkState::Connected;
-                        }
-                    });
-                    tracing::warn!("the upstream could not read blocks {}..{}: {why}; trying again", flight.range.start.0, flight.range.end.0);
-                    fetcher.refused(flight.id);
-                }
-                Err(ReadError::Lost(why)) => break Ended::Lost { why, useful },
-            },
-            why = &mut closed => break Ended::Lost { why, useful },
+            why = &mut closed => break lost(why),
+            () = carriage.breaks.notified() => break lost(carriage.why_broken()),
             () = fetcher.wake(lane).notified() => {}
-            () = sleep_until(timer.unwrap_or(overdue)), if timer.is_some() => {}
-            () = sleep_until(overdue), if !flying.is_empty() => {
-                break Ended::Lost { why: format!("the upstream did not answer for {} s", REPLY_TIMEOUT.as_secs()), useful };
+            () = async { sleep_until(timer.unwrap_or_else(tokio::time::Instant::now)).await }, if timer.is_some() => {}
+            () = sleep(REPLY_LOOK) => {
+                if carriage.is_overdue() {
+                    break lost(format!("the upstream did not answer for {} s", REPLY_TIMEOUT.as_secs()));
+                }
             }
         }
     };
-    fetcher.lost(carrier);
+    if lane == LaneKind::Demand {
+        fetcher.set_demand(None);
+    }
+    carriage.over.store(true, Ordering::SeqCst);
+    fetcher.lost(carriage.carrier);
     ended
+}
+
+/// What a pump has come to.
+enum Pumped {
+    /// It has worked on zeroes, and there may be more: others first.
+    Yield,
+    /// Nothing to send before this time, or before something happens.
+    Until(Option<Duration>),
+}
+
+/// A connection while it carries flights.
+pub(crate) struct Carriage {
+    fetcher: Arc<Fetcher>,
+    links: Arc<Links>,
+    connection: Arc<dyn Connection>,
+    lane: LaneKind,
+    carrier: Carrier,
+    flying: AtomicUsize,
+    /// When it last answered, or got something to do after a rest: nanoseconds of the fetcher's time.
+    progress: AtomicU64,
+    useful: AtomicBool,
+    /// The lane has let it go: what it still says counts no more.
+    over: AtomicBool,
+    /// Why it cannot go on.
+    broken: Mutex<Option<String>>,
+    breaks: Notify,
+}
+
+impl Carriage {
+    /// Sends what readers wait for. From any task; it does not wait.
+    pub(crate) fn send_demand(self: &Arc<Self>) {
+        // A pause before the next attempt is the lane's to watch: it is woken when one begins.
+        self.pump();
+    }
+
+    fn pump(self: &Arc<Self>) -> Pumped {
+        loop {
+            match self.fetcher.next(self.lane, self.carrier) {
+                Next::Send(flight) if flight.cargo == Cargo::Zeroes => {
+                    self.fetcher.land(&flight, None, Duration::ZERO);
+                    if self.lane != LaneKind::Demand {
+                        return Pumped::Yield;
+                    }
+                }
+                Next::Send(flight) => self.send(flight),
+                Next::Wait(until) => return Pumped::Until(until),
+            }
+        }
+    }
+
+    fn send(self: &Arc<Self>, flight: Outgoing) {
+        let sent = self.fetcher.now();
+        if self.flying.fetch_add(1, Ordering::Relaxed) == 0 {
+            self.made_progress(sent);
+        }
+        let bytes = self.bytes_of(&flight);
+        let carriage = self.clone();
+        let done = move |result| carriage.answered(&flight, sent, result);
+        self.connection.read(bytes.start, bytes.len() as u32, Box::new(done));
+    }
+
+    /// On the connection's task.
+    fn answered(self: &Arc<Self>, flight: &Outgoing, sent: Duration, result: Result<Bytes, ReadError>) {
+        if self.over.load(Ordering::SeqCst) {
+            return;
+        }
+        self.flying.fetch_sub(1, Ordering::Relaxed);
+        match result {
+            Ok(bytes) if bytes.len() as u64 == self.bytes_of(flight).len() => {
+                let now = self.fetcher.now();
+                self.made_progress(now);
+                self.useful.store(true, Ordering::Relaxed);
+                self.fetcher.land(flight, Some(bytes), now.saturating_sub(sent));
+            }
+            Ok(bytes) => {
+                self.useful.store(false, Ordering::Relaxed);
+                return self.break_off(format!("a reply of {} bytes is not what was asked", bytes.len()));
+            }
+            Err(ReadError::Refused(why)) => {
+                self.made_progress(self.fetcher.now());
+                self.refused(flight, &why);
+            }
+            // The connection's end is seen by the lane.
+            Err(ReadError::Lost(why)) => return self.break_off(why),
+        }
+        match self.lane {
+            LaneKind::Demand => self.send_demand(),
+            LaneKind::Background(_) => self.fetcher.wake(self.lane).notify_one(),
+        }
+    }
+
+    fn refused(&self, flight: &Outgoing, why: &str) {
+        self.links.report.update(|status| {
+            status.refused += 1;
+            status.last_error = Some(why.to_owned());
+            if self.lane == LaneKind::Demand {
+                status.state = LinkState::Connected;
+            }
+        });
+        let blocks = flight.range;
+        tracing::warn!(
+            "the upstream could not read blocks {}..{}: {why}; trying again",
+            blocks.start.0,
+            blocks.end.0
+        );
+        self.fetcher.refused(flight.id);
+        // It has to look at the pause.
+        self.fetcher.wake(self.lane).notify_one();
+    }
+
+    fn break_off(&self, why: String) {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(why);
+        self.breaks.notify_one();
+    }
+
+    fn why_broken(&self) -> String {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default()
+    }
+
+    fn made_progress(&self, now: Duration) {
+        self.progress.store(now.as_nanos() as u64, Ordering::Relaxed);
+    }
+
+    fn is_overdue(&self) -> bool {
+        let progress = Duration::from_nanos(self.progress.load(Ordering::Relaxed));
+        self.flying.load(Ordering::Relaxed) > 0 && self.fetcher.now().saturating_sub(progress) >= REPLY_TIMEOUT
+    }
+
+    fn bytes_of(&self, flight: &Outgoing) -> crate::units::ByteRange {
+        let disk = self.fetcher.disk();
+        disk.block_size.bytes_of(flight.range, disk.size())
+    }
 }

@@ -121,9 +121,10 @@ impl PullOrder {
         }
     }
 
-    /// Whether a block lies in a zero extent of the source.
-    pub fn is_zero(&self, block: BlockIndex) -> bool {
-        self.zero.get(self.zero.partition_point(|zero| zero.end <= block)).is_some_and(|zero| zero.start <= block)
+    /// Whether all blocks of a range lie in one zero extent of the source.
+    pub fn is_zero(&self, blocks: BlockRange) -> bool {
+        let extent = self.zero.get(self.zero.partition_point(|zero| zero.end <= blocks.start));
+        extent.is_some_and(|zero| zero.start <= blocks.start && blocks.end <= zero.end)
     }
 
     /// A client needed these blocks: the rest of their region comes next, then the regions behind it.

@@ -41,6 +41,11 @@ impl Disk {
         self.store.mark()
     }
 
+    /// See [`Store::is_rotational`].
+    pub fn is_rotational(&self) -> bool {
+        self.store.is_rotational()
+    }
+
     /// See [`Store::write_at`].
     #[inline]
     pub fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -52,22 +57,31 @@ impl Disk {
 
     /// See [`Store::write_zeroes`].
     pub fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
-        let result = self.store.write_zeroes(range, no_hole);
-        if no_hole || result.is_err() {
-            self.holes.written(range);
-        } else {
-            self.holes.discarded(range);
-        }
-        result
+        self.zeroing(range, no_hole, || self.store.write_zeroes(range, no_hole).map(|()| true)).map(drop)
+    }
+
+    /// See [`Store::zero_fast`].
+    pub fn zero_fast(&self, range: ByteRange, no_hole: bool) -> io::Result<bool> {
+        self.zeroing(range, no_hole, || self.store.zero_fast(range, no_hole))
     }
 
     /// See [`Store::discard`].
     pub fn discard(&self, range: ByteRange) -> io::Result<()> {
-        let result = self.store.discard(range);
-        if result.is_ok() {
-            self.holes.discarded(range);
+        self.zeroing(range, false, || self.store.discard(range).map(|()| true)).map(drop)
+    }
+
+    /// Around each call that makes a range read as zeroes and says whether it did.
+    fn zeroing(&self, range: ByteRange, allocated: bool, zero: impl FnOnce() -> io::Result<bool>) -> io::Result<bool> {
+        if !allocated {
+            self.holes.discarding(range);
         }
-        result
+        let done = zero();
+        if !allocated && matches!(done, Ok(true)) {
+            self.holes.discarded(range);
+        } else {
+            self.holes.written(range);
+        }
+        done
     }
 
     /// See [`Store::sync`].
@@ -118,5 +132,48 @@ mod tests {
         assert_eq!(disk.hole_run(0, size), (65536 + 4096, true), "only whole granules become holes");
         disk.write_zeroes(ByteRange::new(0, 4096), true).unwrap();
         assert!(!disk.hole_run(0, size).1, "allocated zeroes are no hole");
+    }
+
+    /// A store whose every discard is overtaken by a write of the first block, which is then in the store.
+    struct Overtaken(FileStore, std::sync::OnceLock<std::sync::Weak<Disk>>);
+
+    impl Store for Overtaken {
+        fn size(&self) -> u64 {
+            self.0.size()
+        }
+        fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+            self.0.read_at(offset, buffer)
+        }
+        fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.0.write_at(offset, data)
+        }
+        fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
+            self.0.write_zeroes(range, no_hole)
+        }
+        fn discard(&self, range: ByteRange) -> io::Result<()> {
+            self.0.discard(range)?;
+            self.1.get().unwrap().upgrade().unwrap().write(0, &[5; 4096])
+        }
+        fn sync(&self) -> io::Result<crate::store::Durable> {
+            self.0.sync()
+        }
+        fn data_ranges(&self, from: u64, max: usize) -> io::Result<Option<Vec<ByteRange>>> {
+            self.0.data_ranges(from, max)
+        }
+    }
+
+    #[test]
+    fn a_write_that_overtakes_a_discard_is_no_hole() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = FileStore::open_or_create(&dir.path().join("disk"), 65536).unwrap();
+        let store = Arc::new(Overtaken(file, std::sync::OnceLock::new()));
+        let disk = Arc::new(Disk::new(store.clone(), BlockMap::full(16), BlockSize::DEFAULT));
+        store.1.set(Arc::downgrade(&disk)).unwrap();
+        disk.scan_holes().unwrap();
+        disk.discard(ByteRange::new(0, 65536)).unwrap();
+        let mut first = [0; 4096];
+        disk.read(0, &mut first).unwrap();
+        assert_eq!((first, disk.hole_run(0, 65536)), ([5; 4096], (4096, false)));
+        assert_eq!(disk.hole_run(4096, 65536), (65536, true));
     }
 }

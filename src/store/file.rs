@@ -94,13 +94,29 @@ impl Store for FileStore {
         Ok(found.is_file().then_some(ImageMark { modified_ns, size: found.len() }))
     }
 
+    fn is_rotational(&self) -> bool {
+        let Ok(found) = self.file.metadata() else { return false };
+        let device = if found.file_type().is_block_device() { found.rdev() } else { found.dev() };
+        let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
+        let device = Path::new("/sys/dev/block").join(format!("{major}:{minor}"));
+        // A partition has its queue one directory above. File systems without a device of their own have none.
+        ["queue/rotational", "../queue/rotational"]
+            .iter()
+            .find_map(|name| std::fs::read_to_string(device.join(name)).ok())
+            .is_some_and(|text| text.trim() == "1")
+    }
+
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.file.write_all_at(data, offset)
     }
 
     fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
+        if self.zero_fast(range, no_hole)? { Ok(()) } else { self.zero_by_writing(range) }
+    }
+
+    fn zero_fast(&self, range: ByteRange, no_hole: bool) -> io::Result<bool> {
         if range.is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         let flags = if no_hole {
             FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE
@@ -108,9 +124,9 @@ impl Store for FileStore {
             FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE
         };
         match self.fallocate(range, flags) {
-            Ok(()) => Ok(()),
+            Ok(()) => Ok(true),
             // Not every file system can, and a device wants whole sectors.
-            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => self.zero_by_writing(range),
+            Err(Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => Ok(false),
             Err(errno) => Err(errno.into()),
         }
     }

@@ -65,11 +65,20 @@ impl Holes {
         }
     }
 
+    /// The space of a range will now be given back. A write that overlaps with it and ends after this is remembered,
+    /// whichever of the two the store does last: what it wrote must not pass for a hole.
+    pub(super) fn discarding(&self, range: ByteRange) {
+        if let Some(planes) = self.planes.get() {
+            // In this order: between the two, the granules are no holes.
+            planes.set(&planes.hole, range, false);
+            planes.set(&planes.touched, range, false);
+        }
+    }
+
     /// The space of a range was given back.
     pub(super) fn discarded(&self, range: ByteRange) {
         if let Some(planes) = self.planes.get() {
             planes.set(&planes.hole, range, true);
-            planes.set(&planes.touched, range, false);
         }
     }
 

@@ -46,12 +46,23 @@ pub trait Store: Send + Sync + 'static {
     /// Makes a range read as zeroes; with `no_hole` its space stays allocated.
     fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()>;
 
+    /// The same, but only where it takes less time than writing the zeroes would: `false` where it would not, and then
+    /// nothing was changed.
+    fn zero_fast(&self, _range: ByteRange, _no_hole: bool) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// Gives the space of a range back; it reads as zeroes afterwards.
     fn discard(&self, range: ByteRange) -> io::Result<()>;
 
     /// When the bytes were last changed by anybody; `None` where nothing tells (a block device, memory).
     fn mark(&self) -> io::Result<Option<ImageMark>> {
         Ok(None)
+    }
+
+    /// Whether the bytes lie on a disk that turns, so that neighbours are read faster than strangers.
+    fn is_rotational(&self) -> bool {
+        false
     }
 
     /// Makes every write that returned before this call durable. After a failure all later calls fail as well: the

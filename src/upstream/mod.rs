@@ -43,14 +43,18 @@ pub trait Connect: Send + Sync + 'static {
     fn describe(&self) -> String;
 }
 
+/// What is called with the bytes of a read, or with why there are none.
+pub type ReadDone = Box<dyn FnOnce(Result<Bytes, ReadError>) + Send>;
+
 /// One connection to the upstream, with many requests in flight. When it dies all its requests fail.
 pub trait Connection: Send + Sync + 'static {
     /// The size of the upstream's disk in bytes.
     fn size(&self) -> u64;
     /// Whether the server offers a meta context (BLOCK_STATUS).
     fn has_context(&self, name: &str) -> bool;
-    /// Reads exactly `length` bytes.
-    fn read(&self, offset: u64, length: u32) -> BoxFuture<'static, Result<Bytes, ReadError>>;
+    /// Reads exactly `length` bytes. Does not wait; `done` is called on the connection's own task, which it must not hold
+    /// up. It may never be called when the connection has ended.
+    fn read(&self, offset: u64, length: u32, done: ReadDone);
     /// The extents of a context from `offset` on; they may cover less than was asked, not nothing.
     fn block_status(
         &self,

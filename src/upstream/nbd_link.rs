@@ -5,7 +5,6 @@ use std::fmt::Write;
 use std::io;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use futures::future::BoxFuture;
 use nbd::address::Address;
 use nbd::client::{Client, ClientError, ConnectOptions};
@@ -14,7 +13,7 @@ use nbd::tls::{ClientTls, TlsClient};
 use nbd::uri::NbdUri;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::{Connect, Connection, Dialer, ReadError, Stream, UpstreamError};
+use super::{Connect, Connection, Dialer, ReadDone, ReadError, Stream, UpstreamError};
 use crate::limits::CONNECT_TIMEOUT;
 use crate::pull::CONTEXTS;
 
@@ -108,9 +107,8 @@ impl Connection for NbdConnection {
         self.client.info().contexts.iter().any(|context| context.name == name)
     }
 
-    fn read(&self, offset: u64, length: u32) -> BoxFuture<'static, Result<Bytes, ReadError>> {
-        let client = self.client.clone();
-        Box::pin(async move { client.read(offset, length as usize).await.map_err(read_error) })
+    fn read(&self, offset: u64, length: u32, done: ReadDone) {
+        self.client.read_then(offset, length as usize, |result| done(result.map_err(read_error)));
     }
 
     fn block_status(

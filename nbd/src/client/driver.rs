@@ -32,9 +32,40 @@ pub(super) type Ending = Result<Result<Reply, Refusal>, ClientError>;
 /// What callers send to the task.
 pub(super) enum Message {
     /// An operation, and who waits for it.
-    Request(Operation, oneshot::Sender<Ending>),
+    Request(Operation, Waiter),
     /// End the connection when all requests are answered.
     Close,
+}
+
+impl Message {
+    /// There is nobody who could take it.
+    pub(super) fn fail(self, fate: &Fate) {
+        if let Message::Request(_, waiter) = self {
+            waiter.tell(Err(fate.error()));
+        }
+    }
+}
+
+/// Who waits for a request.
+pub(super) enum Waiter {
+    /// A task.
+    Future(oneshot::Sender<Ending>),
+    /// Nobody: this is called, on the connection's task.
+    Call(Box<dyn FnOnce(Ending) + Send>),
+}
+
+impl Waiter {
+    fn tell(self, ending: Ending) {
+        match self {
+            // A caller that went away needs no reply.
+            Waiter::Future(sender) => drop(sender.send(ending)),
+            Waiter::Call(call) => call(ending),
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        matches!(self, Waiter::Future(sender) if sender.is_closed())
+    }
 }
 
 /// How the connection ended, for everybody who holds a handle.
@@ -107,7 +138,7 @@ pub(super) struct Driver<S> {
     /// First, so that the reason is there before the callers' channels close.
     fate: EndOnDrop,
     stream: S,
-    session: Session<oneshot::Sender<Ending>>,
+    session: Session<Waiter>,
     input: BytesMut,
     output: Output,
     messages: mpsc::Receiver<Message>,
@@ -119,7 +150,7 @@ pub(super) struct Driver<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
     pub(super) fn new(
         stream: S,
-        session: Session<oneshot::Sender<Ending>>,
+        session: Session<Waiter>,
         messages: mpsc::Receiver<Message>,
         fate: Arc<Fate>,
         redial: Option<Redial<S>>,
@@ -161,12 +192,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
         self.fate.0.end(&stop.to_string());
         self.messages.close();
         for waiting in self.session.fail_all() {
-            let _ = waiting.send(Err(self.fate.0.error()));
+            waiting.tell(Err(self.fate.0.error()));
         }
         while let Some(message) = self.messages.recv().await {
-            if let Message::Request(_, waiting) = message {
-                let _ = waiting.send(Err(self.fate.0.error()));
-            }
+            message.fail(&self.fate.0);
         }
     }
 
@@ -194,7 +223,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
         self.input.clear();
         self.output = Output::default();
         let Some(redial) = &self.redial else { return };
-        for (head, payload) in self.session.restart(negotiated, &redial.first, oneshot::Sender::is_closed) {
+        for (head, payload) in self.session.restart(negotiated, &redial.first, Waiter::is_gone) {
             self.output.extend(&head);
             self.output.push(payload);
         }
@@ -248,7 +277,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
             for message in self.batch.drain(..) {
                 match message {
                     Message::Close => self.closing = Closing::WhenAnswered,
-                    Message::Request(_, waiting) if waiting.is_closed() => {}
+                    Message::Request(_, waiting) if waiting.is_gone() => {}
                     Message::Request(operation, waiting) => {
                         let (head, payload) = self.session.submit(&operation, waiting);
                         self.output.extend(&head);
@@ -275,8 +304,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
             Poll::Ready(_) => {}
         }
         while let Some(Completion { token, result }) = self.session.receive(&mut self.input)? {
-            // A caller that went away needs no reply.
-            let _ = token.send(Ok(result));
+            token.tell(Ok(result));
         }
         Ok(true)
     }

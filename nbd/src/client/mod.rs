@@ -14,13 +14,14 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt, stream};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
-use self::driver::{Driver, Fate, Message};
+use self::driver::{Driver, Ending, Fate, Message, Waiter};
 use self::reconnect::{Dial, Redial};
 use crate::export::{Extent, ZeroMode};
 use crate::limits::{CLIENT_LONGEST_PIECE, CLIENT_PIECES_IN_FLIGHT, CLIENT_QUEUE, MAX_PAYLOAD};
-use crate::proto::client::{Operation, Reply, Session};
+use crate::proto::client::{Operation, Refusal, Reply, Session};
 use crate::tls::MaybeTls;
 use crate::uri::NbdUri;
 use crate::wire::{Command, Framing, TransmissionFlags};
@@ -171,6 +172,47 @@ impl Client {
         match self.request(Operation::Read { offset, length, whole: true }).await? {
             Reply::Data(data) => Ok(data),
             _ => Err(self.fate.error()),
+        }
+    }
+
+    /// As [`Client::read`], for who has no task that waits: `then` is called with the result on the connection's own task,
+    /// which it must not hold up. This returns at once. `then` is dropped where the runtime ends before the reply.
+    pub fn read_then(
+        &self,
+        offset: u64,
+        length: usize,
+        then: impl FnOnce(Result<Bytes, ClientError>) + Send + 'static,
+    ) {
+        if let Err(error) = self.check(Command::READ, offset, length as u64) {
+            return then(Err(error));
+        }
+        let one = u32::try_from(length).ok().filter(|length| *length > 0 && *length <= self.info.longest_request());
+        let Some(length) = one else {
+            let client = self.clone();
+            tokio::spawn(async move { then(client.read(offset, length).await) });
+            return;
+        };
+        let fate = self.fate.clone();
+        let done = move |ending: Ending| {
+            then(match ending {
+                Ok(Ok(Reply::Data(data))) => Ok(data),
+                Ok(Ok(_)) => Err(fate.error()),
+                Ok(Err(refusal)) => Err(refused(Command::READ, offset, length.into(), refusal)),
+                Err(error) => Err(error),
+            });
+        };
+        let operation = Operation::Read { offset, length, whole: false };
+        match self.messages.try_send(Message::Request(operation, Waiter::Call(Box::new(done)))) {
+            Ok(()) => {}
+            Err(TrySendError::Full(message)) => {
+                let client = self.clone();
+                tokio::spawn(async move {
+                    if let Err(mpsc::error::SendError(message)) = client.messages.send(message).await {
+                        message.fail(&client.fate);
+                    }
+                });
+            }
+            Err(TrySendError::Closed(message)) => message.fail(&self.fate),
         }
     }
 
@@ -372,24 +414,22 @@ impl Client {
     async fn request(&self, operation: Operation) -> Result<Reply, ClientError> {
         let ((command, offset), length) = (operation.place(), operation.length());
         let (sender, receiver) = oneshot::channel();
-        let sent = self.messages.send(Message::Request(operation, sender)).await;
+        let sent = self.messages.send(Message::Request(operation, Waiter::Future(sender))).await;
         if sent.is_err() {
             return Err(self.fate.error());
         }
         match receiver.await {
             Ok(Ok(Ok(reply))) => Ok(reply),
-            Ok(Ok(Err(refusal))) => Err(ClientError::Refused {
-                command,
-                offset,
-                length,
-                error: refusal.error,
-                message: refusal.message,
-                at: refusal.offset,
-            }),
+            Ok(Ok(Err(refusal))) => Err(refused(command, offset, length, refusal)),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(self.fate.error()),
         }
     }
+}
+
+fn refused(command: Command, offset: u64, length: u64, refusal: Refusal) -> ClientError {
+    let Refusal { error, message, offset: at } = refusal;
+    ClientError::Refused { command, offset, length, error, message, at }
 }
 
 fn impossible(command: Command, offset: u64, length: u64, why: &'static str) -> ClientError {

@@ -1,20 +1,17 @@
 //! Accepts clients on an address, and ends in order.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
-use nix::sys::stat::{Mode, fchmod};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::unix_path::{UnixPath, bind_owned_unix};
 use super::{ServeOptions, serve_admitted};
 use crate::address::Address;
 use crate::export::Exports;
@@ -22,8 +19,6 @@ use crate::socket::{tune_tcp, tune_unix};
 
 /// Pause after a failed accept (out of descriptors, say), so that it is not repeated in a tight loop.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Clients that the kernel keeps waiting.
-const BACKLOG: i32 = 128;
 
 /// Why a server cannot listen.
 #[derive(Debug, thiserror::Error)]
@@ -47,25 +42,6 @@ pub enum ListenError {
 enum Socket {
     Unix(UnixListener),
     Tcp(TcpListener),
-}
-
-/// The path of a Unix socket, removed with the listener if it is still the listener's.
-pub struct UnixPath {
-    path: PathBuf,
-    inode: Option<(u64, u64)>,
-}
-
-impl Drop for UnixPath {
-    fn drop(&mut self) {
-        if self.inode.is_some() && inode(&self.path) == self.inode {
-            // Nothing depends on it: a socket that stays is replaced by the next server.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn inode(path: &Path) -> Option<(u64, u64)> {
-    std::fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// A bound address; [`Listener::run`] serves it.
@@ -173,50 +149,3 @@ impl Listener {
 /// A client's stream, of either kind.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
-
-/// Binds a Unix socket as [`Listener::bind`] does; the path goes when the second value is dropped.
-///
-/// # Errors
-/// [`ListenError`].
-pub async fn bind_owned_unix(path: &Path) -> Result<(UnixListener, UnixPath), ListenError> {
-    let address = Address::Unix(path.into());
-    let listener = match bind_unix(path) {
-        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-            remove_stale(path, &address).await?;
-            bind_unix(path)
-        }
-        bound => bound,
-    };
-    let listener = listener.map_err(|source| match source.kind() {
-        io::ErrorKind::AddrInUse => ListenError::InUse(address),
-        _ => ListenError::Io { address, source },
-    })?;
-    Ok((listener, UnixPath { inode: inode(path), path: path.into() }))
-}
-
-// The mode is 0600 from the first moment: on Linux the new path takes the mode of the unbound socket.
-fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd: OwnedFd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR)?;
-    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&fd, Backlog::new(BACKLOG)?)?;
-    UnixListener::from_std(fd.into())
-}
-
-async fn remove_stale(path: &Path, address: &Address) -> Result<(), ListenError> {
-    let failed = |source| ListenError::Io { address: address.clone(), source };
-    let is_socket = std::fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket();
-    if !is_socket {
-        return Err(ListenError::NotASocket(path.to_owned()));
-    }
-    match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            tracing::debug!(%address, "a socket without a server is replaced");
-            std::fs::remove_file(path).map_err(failed)
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(failed(error)),
-        Ok(_) => Err(ListenError::InUse(address.clone())),
-    }
-}

@@ -2,13 +2,14 @@
 //!
 //! [`serve_connection`] takes one client, over any stream, from the greeting to its end. [`Listener`] accepts clients
 //! on an address and ends in order. `negotiate.rs` is the handshake, with TLS where the client begins it;
-//! `connection.rs` is the transmission phase.
+//! `connection.rs` is the transmission phase; `unix_path.rs` gives a Unix socket its path.
 
 mod budget;
 mod connection;
 mod flight;
 pub mod listener;
 mod negotiate;
+pub mod unix_path;
 
 use std::io;
 use std::sync::Arc;

@@ -26,7 +26,8 @@ const NEWER: &str = "NBD_TEST_PEERS";
 /// A program, or a failure that names the Debian package to install.
 pub fn tool(name: &str) -> Command {
     let package = match name {
-        "nbdinfo" | "nbdcopy" => "libnbd-bin",
+        "nbdinfo" | "nbdcopy" | "nbdfuse" => "libnbd-bin",
+        "fusermount3" => "fuse3",
         "nbd-server" => "nbd-server",
         "fio" => "fio",
         "nbdsh" => "python3-libnbd",
