@@ -26,11 +26,10 @@ fn work() -> [(&'static str, &'static str, u64, u32, Figure, f64); 6] {
 /// The rows for one way to come.
 fn measure(lab: &Lab, report: &mut Report, way: Way, said: &str) {
     let image = lab.random_image(lab.scope.warm);
-    let peers = [
-        Server::nbdkit_file(lab, way, &image),
-        Server::nbd_server(lab, way, &image),
-        Server::qemu_nbd(lab, way, &image),
-    ];
+    let mut peers = vec![Server::nbdkit_file(lab, way, &image), Server::qemu_nbd(lab, way, &image)];
+    if way == Way::Unix {
+        peers.push(Server::nbd_server(lab, &image));
+    }
     let added = OurNode::of_image(lab, way, &image);
     let source = Server::nbdkit_file(lab, Way::Tcp, &image);
     let place = lab.on_disk();
