@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::servers::{NOBODY, home_of_nobody};
 use crate::support::run;
 
 /// What one job does.
@@ -66,8 +67,14 @@ impl Job {
         }
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         // fio's engine may not read files that a URI names; libnbd finds certificates at home.
-        let home = format!("HOME={}", crate::servers::home_with_certificates().display());
-        let output = run("env", "fio", &[&[home.as_str(), "fio"], &arguments[..]].concat());
+        let output = if uri.starts_with("nbds:") {
+            let home = format!("HOME={}", home_of_nobody().display());
+            let nobody = [format!("--reuid={NOBODY}"), format!("--regid={NOBODY}")];
+            let start = [nobody[0].as_str(), &nobody[1], "--clear-groups", "env", &home, "fio"];
+            run("setpriv", "fio", &[&start[..], &arguments[..]].concat())
+        } else {
+            run("fio", "fio", &arguments)
+        };
         // It may say something before the document.
         let start = output.find('{').unwrap_or_else(|| panic!("fio's answer is not JSON: {output}"));
         let document: Value =

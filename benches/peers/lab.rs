@@ -49,6 +49,11 @@ pub fn keep_until_the_end() -> PathBuf {
     LEFTOVERS.lock().unwrap()[0].clone()
 }
 
+/// The same in memory.
+pub fn keep_in_memory() -> PathBuf {
+    LEFTOVERS.lock().unwrap()[1].clone()
+}
+
 /// A directory on disk and one in memory.
 pub struct Lab {
     /// How much is measured.

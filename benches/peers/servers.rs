@@ -19,16 +19,27 @@ pub fn certificates() -> &'static Path {
     })
 }
 
-/// A home directory in which libnbd finds the certificates without being told.
-pub fn home_with_certificates() -> &'static Path {
+/// A home directory in which libnbd finds the client's certificates without being told; it looks there for nobody's sake
+/// only, not for root's.
+pub fn home_of_nobody() -> &'static Path {
     static HOME: OnceLock<PathBuf> = OnceLock::new();
     HOME.get_or_init(|| {
-        let home = certificates().with_file_name("home");
-        std::fs::create_dir_all(home.join(".pki")).expect("a directory");
-        std::os::unix::fs::symlink(certificates(), home.join(".pki/libnbd")).expect("a link");
-        home
+        use std::os::unix::fs::{PermissionsExt, chown};
+        let memory = crate::lab::keep_in_memory();
+        std::fs::set_permissions(&memory, PermissionsExt::from_mode(0o711)).expect("our own directory");
+        let place = memory.join("home/.pki/libnbd");
+        std::fs::create_dir_all(&place).expect("a directory");
+        for name in ["ca-cert.pem", "client-cert.pem", "client-key.pem"] {
+            let copy = place.join(name);
+            std::fs::copy(certificates().join(name), &copy).expect("a certificate");
+            chown(&copy, Some(NOBODY), Some(NOBODY)).expect("our own file");
+        }
+        memory.join("home")
     })
 }
+
+/// The number of Debian's user and group for those who own nothing.
+pub const NOBODY: u32 = 65534;
 
 /// A server of one disk.
 pub struct Server {
