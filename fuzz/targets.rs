@@ -7,8 +7,9 @@
 use bytes::BytesMut;
 use lazy_migrate::block_map::codec::{self, Header, PAGE_BYTES};
 use lazy_migrate::container::image_stream::{Frame, MAX_FRAME};
+use lazy_migrate::limits::PEER_FRAME_BYTES;
 use lazy_migrate::migration::record::{self, Record};
-use lazy_migrate::peer::{ImagesHead, MAX_FRAME_BYTES, Request, Response, codec as framing};
+use lazy_migrate::peer::{ImagesHead, Request, Response, codec as framing};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio_util::codec::Decoder;
@@ -71,7 +72,7 @@ fn with_checksum(line: &[u8]) -> Vec<u8> {
 pub fn peer_messages(data: &[u8]) {
     let (mut input, mut codec) = (BytesMut::from(data), framing());
     while let Ok(Some(frame)) = codec.decode(&mut input) {
-        assert!(frame.len() <= MAX_FRAME_BYTES);
+        assert!(frame.len() <= PEER_FRAME_BYTES);
         message(&frame);
     }
     message(data);

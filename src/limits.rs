@@ -1,4 +1,5 @@
-//! Every bound of the data plane in one place: memory, queue lengths, bytes in flight, request sizes, times.
+//! Every bound of the node in one place: memory, queue lengths, bytes in flight, request sizes, times. Those of NBD
+//! connections are in [`nbd::limits`].
 
 use std::time::Duration;
 
@@ -88,3 +89,39 @@ pub const MAX_DISK: u64 = 64 << 40;
 
 /// Units in which the holes of a store are remembered; larger disks get larger units.
 pub const HOLE_GRANULES_MAX: u64 = 1 << 26;
+
+/// How many idle connections to a peer are kept.
+pub const PEER_IDLE_CONNECTIONS: usize = 4;
+
+/// How many connections the peer port holds at once.
+pub const PEER_CONNECTIONS: usize = 256;
+
+/// How many of those that it accepts have not said yet who and what they are; others wait in the kernel's queue.
+pub const PEER_UNKNOWN_CONNECTIONS: usize = 64;
+
+/// How long a connection may take to say so.
+pub const PEER_PREAMBLE_TIME: Duration = Duration::from_secs(10);
+
+/// How long a connection may be silent between questions: the other node keeps some, and dials anew.
+pub const PEER_IDLE_TIME: Duration = Duration::from_secs(60);
+
+/// The longest head or answer on a connection that carries a checkpoint, in bytes.
+pub const PEER_HEAD_BYTES: usize = 64 << 10;
+
+/// The largest checkpoint that is taken, in bytes: what a host's memory may be.
+pub const CHECKPOINT_BYTES: u64 = 1 << 40;
+
+/// The largest frame of a peer message, in bytes.
+pub const PEER_FRAME_BYTES: usize = 2 << 20;
+
+/// The most blocks whose checksums one question may ask for.
+pub const PEER_CHECKSUM_BLOCKS: u64 = 4096;
+
+/// The most disks of a node.
+pub const NODE_DISKS: usize = 4096;
+
+/// The largest question to the control API, in bytes.
+pub const CONTROL_BODY_BYTES: usize = 64 << 10;
+
+/// The longest answer of the control API that is read whole, and the longest line of a stream, in bytes.
+pub const CONTROL_ANSWER_BYTES: usize = 16 << 20;

@@ -11,9 +11,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use crate::error::{Failure, Outcome};
-
-/// The longest answer that is read whole, and the longest line of a stream.
-const MAX_ANSWER_BYTES: usize = 16 << 20;
+use crate::limits::CONTROL_ANSWER_BYTES;
 
 /// A node's control socket.
 #[derive(Clone, Debug)]
@@ -63,7 +61,7 @@ impl ControlClient {
                     return outcome;
                 }
             }
-            if pending.len() > MAX_ANSWER_BYTES {
+            if pending.len() > CONTROL_ANSWER_BYTES {
                 return Err(self.strange("a line without end"));
             }
         }
@@ -121,5 +119,5 @@ impl ControlClient {
 }
 
 async fn collect(response: Response<Incoming>) -> Result<Bytes, Box<dyn std::error::Error + Send + Sync>> {
-    Ok(http_body_util::Limited::new(response.into_body(), MAX_ANSWER_BYTES).collect().await?.to_bytes())
+    Ok(http_body_util::Limited::new(response.into_body(), CONTROL_ANSWER_BYTES).collect().await?.to_bytes())
 }

@@ -23,10 +23,8 @@ use super::api::{
 use super::metrics;
 use super::status::{DiskStatus, NodeStatus};
 use crate::error::{Failure, Kind, Outcome, chain};
+use crate::limits::CONTROL_BODY_BYTES;
 use crate::node::{DiskName, Node};
-
-/// The largest question.
-const MAX_BODY_BYTES: usize = 64 << 10;
 
 type Reply<T> = Result<Json<T>, Failure>;
 
@@ -83,7 +81,7 @@ impl ControlSocket {
             .route("/v1/disks/{name}/wait", get(wait))
             .route("/metrics", get(prometheus))
             .fallback(|| async { Failure::usage("the control API has no such path; see docs/architecture.md") })
-            .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+            .layer(DefaultBodyLimit::max(CONTROL_BODY_BYTES))
             .with_state(node);
         let Self { listener, path } = self;
         let served = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());

@@ -37,15 +37,13 @@ use crate::control::status::NodeStatus;
 use crate::device::{DeviceSlot, Via};
 use crate::error::{Failure, Outcome, chain};
 use crate::export::{ExportConfig, ExportError, LazyExport};
+use crate::limits::NODE_DISKS;
 use crate::migration::journal::Journal;
 use crate::migration::phase::DestinationPhase;
 use crate::migration::record::Record;
 use crate::units::BlockSize;
 use crate::upstream::{Upstream, UpstreamError};
 use spec::{DiskSpec, Origin};
-
-/// The most disks of a node.
-const MAX_DISKS: usize = 4096;
 
 /// See the module's text.
 pub struct Node {
@@ -408,8 +406,8 @@ impl Node {
 
     /// Nobody else makes or removes the same name meanwhile.
     fn begin(self: &Node, name: &DiskName) -> Outcome<Changing<'_>> {
-        if self.disks.len() >= MAX_DISKS && !self.disks.contains_key(name) {
-            return Err(Failure::refused(format!("this node has {MAX_DISKS} exports already; remove some")));
+        if self.disks.len() >= NODE_DISKS && !self.disks.contains_key(name) {
+            return Err(Failure::refused(format!("this node has {NODE_DISKS} exports already; remove some")));
         }
         match self.changing.entry(name.clone()) {
             dashmap::Entry::Occupied(_) => {

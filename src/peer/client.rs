@@ -13,9 +13,7 @@ use tokio_util::codec::{Framed, LengthDelimitedCodec};
 use super::link::{PeerAddress, PeerStream};
 use super::{PREAMBLE_MESSAGES, Reply, Request, Response, codec};
 use crate::error::Failure;
-
-/// How many idle connections are kept.
-const MAX_IDLE: usize = 4;
+use crate::limits::PEER_IDLE_CONNECTIONS;
 
 type Connection = Framed<PeerStream, LengthDelimitedCodec>;
 
@@ -85,7 +83,7 @@ impl PeerClient {
         let frame = connection.next().await.ok_or(std::io::ErrorKind::UnexpectedEof)??;
         let response = serde_json::from_slice(&frame)?;
         let mut idle = self.lock();
-        if idle.len() < MAX_IDLE {
+        if idle.len() < PEER_IDLE_CONNECTIONS {
             idle.push(connection);
         }
         Ok(response)

@@ -10,19 +10,15 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::link::{PeerAddress, PeerStream};
-use super::{ImagesHead, MAX_FRAME_BYTES, PREAMBLE_IMAGES, Reply, Response, Subject};
+use super::{ImagesHead, PREAMBLE_IMAGES, Reply, Response, Subject};
 use crate::container::image_receiver::{ImageReceiver, Limits, ReceiveError, Received};
 use crate::container::image_stream::{Frame, QUEUE};
 use crate::container::images::{Followed, ImageFollower};
 use crate::error::{Failure, Outcome, chain};
+use crate::limits::{CHECKPOINT_BYTES, PEER_HEAD_BYTES};
 
-/// The longest head or answer.
-const MAX_HEAD_BYTES: usize = 64 << 10;
 /// How much is read from the link at once.
 const READ_BYTES: usize = 1 << 20;
-/// The largest checkpoint that is taken: what a host's memory may be.
-const MAX_IMAGE_BYTES: u64 = 1 << 40;
-
 /// How long the destination may take no bytes, or leave the last answer out: meanwhile the container stands still. It
 /// reads large files back in between.
 const STALL_TIME: Duration = Duration::from_secs(60);
@@ -85,7 +81,7 @@ pub async fn read_head(stream: &mut PeerStream) -> std::io::Result<ImagesHead> {
 /// Receives into a directory, and answers.
 pub async fn receive(stream: &mut PeerStream, directory: &Path) -> Outcome<Received> {
     // Not synced: after a crash of this host nothing is restored from them.
-    let limits = Limits { bytes: MAX_IMAGE_BYTES, durable: false, ..Limits::default() };
+    let limits = Limits { bytes: CHECKPOINT_BYTES, durable: false, ..Limits::default() };
     let received = match ImageReceiver::create(directory, limits) {
         Ok(receiver) => {
             let (frames, incoming) = mpsc::channel(QUEUE);
@@ -143,7 +139,7 @@ async fn write_json(stream: &mut PeerStream, value: &impl serde::Serialize) -> s
 
 async fn read_json<T: serde::de::DeserializeOwned>(stream: &mut PeerStream) -> std::io::Result<T> {
     let length = stream.read_u32().await? as usize;
-    if length > MAX_HEAD_BYTES.min(MAX_FRAME_BYTES) {
+    if length > PEER_HEAD_BYTES {
         return Err(std::io::Error::other("the peer sent a head that is too long"));
     }
     let mut json = vec![0; length];

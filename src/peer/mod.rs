@@ -15,6 +15,7 @@ use tokio::net::TcpStream;
 use tokio_util::codec::LengthDelimitedCodec;
 
 use crate::error::Failure;
+use crate::limits::PEER_FRAME_BYTES;
 use crate::migration::lease::{Beat, Timings};
 use crate::migration::machine::{BeatAnswer, Grant};
 use crate::migration::phase::DestinationPhase;
@@ -32,11 +33,6 @@ pub const PREAMBLE_MESSAGES: &[u8; PREAMBLE_BYTES] = b"LMPEER01";
 pub const PREAMBLE_NBD: &[u8; PREAMBLE_BYTES] = b"LMNBD001";
 /// A checkpoint's images: one frame with [`ImagesHead`] follows, then image frames.
 pub const PREAMBLE_IMAGES: &[u8; PREAMBLE_BYTES] = b"LMIMAG01";
-
-/// The largest frame of a peer message.
-pub const MAX_FRAME_BYTES: usize = 2 << 20;
-/// The most blocks whose checksums one question may ask for.
-pub const MAX_CHECKSUM_BLOCKS: u64 = 4096;
 
 /// Names one disk of one migration at one epoch: a word about another is refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,7 +132,7 @@ pub enum Request {
         subject: Subject,
         /// The first block.
         first: u64,
-        /// How many, at most [`MAX_CHECKSUM_BLOCKS`].
+        /// How many, at most [`PEER_CHECKSUM_BLOCKS`].
         count: u64,
     },
 }
@@ -178,7 +174,7 @@ pub struct ImagesHead {
 
 /// The framing of peer messages.
 pub fn codec() -> LengthDelimitedCodec {
-    LengthDelimitedCodec::builder().max_frame_length(MAX_FRAME_BYTES).new_codec()
+    LengthDelimitedCodec::builder().max_frame_length(PEER_FRAME_BYTES).new_codec()
 }
 
 /// Makes a connection between hosts notice a dead link within seconds, and send small frames at once.

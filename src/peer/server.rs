@@ -23,16 +23,7 @@ use tokio_util::task::TaskTracker;
 use super::link::{Caller, PeerStream};
 use super::{PREAMBLE_BYTES, PREAMBLE_IMAGES, PREAMBLE_MESSAGES, PREAMBLE_NBD, Reply, Request, Response, codec, tune};
 use crate::error::{Failure, Outcome, chain};
-
-/// How many connections the peer port holds at once.
-const MAX_CONNECTIONS: usize = 256;
-/// How many of those that it accepts have not said yet who and what they are; others wait in the kernel's queue.
-const MAX_UNKNOWN: usize = 64;
-/// How long a connection may take to say so.
-const PREAMBLE_TIME: Duration = Duration::from_secs(10);
-
-/// How long a connection may be silent between questions: the other node keeps some, and dials anew.
-const IDLE_TIME: Duration = Duration::from_secs(60);
+use crate::limits::{PEER_CONNECTIONS, PEER_IDLE_TIME, PEER_PREAMBLE_TIME, PEER_UNKNOWN_CONNECTIONS};
 
 /// What the node does with what arrives.
 pub trait PeerService: Send + Sync + 'static {
@@ -52,8 +43,8 @@ pub async fn serve(
     service: Arc<dyn PeerService>,
     stop: CancellationToken,
 ) {
-    let unknown = Arc::new(Semaphore::new(MAX_UNKNOWN));
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let unknown = Arc::new(Semaphore::new(PEER_UNKNOWN_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(PEER_CONNECTIONS));
     let connections = TaskTracker::new();
     loop {
         let Ok(waiting) = unknown.clone().acquire_owned().await else { break };
@@ -72,7 +63,7 @@ pub async fn serve(
         let (service, tls, places, stop) = (service.clone(), tls.clone(), places.clone(), stop.clone());
         connections.spawn(async move {
             let served = async {
-                let (stream, caller, preamble) = timeout(PREAMBLE_TIME, introduce(stream, from, tls)).await??;
+                let (stream, caller, preamble) = timeout(PEER_PREAMBLE_TIME, introduce(stream, from, tls)).await??;
                 drop(waiting);
                 let _place =
                     places.try_acquire_owned().map_err(|_| io::Error::other("there are too many connections"))?;
@@ -142,7 +133,7 @@ async fn connection(
 
 async fn messages(stream: PeerStream, from: Caller, service: Arc<dyn PeerService>) -> io::Result<()> {
     let mut frames = Framed::new(stream, codec());
-    while let Ok(Some(frame)) = timeout(IDLE_TIME, frames.next()).await {
+    while let Ok(Some(frame)) = timeout(PEER_IDLE_TIME, frames.next()).await {
         let response = match serde_json::from_slice(&frame?) {
             Ok(request) => match service.answer(from.clone(), request).await {
                 Ok(reply) => Response::Ok(reply),

@@ -11,8 +11,9 @@ use nbd::export::{Answer, Export, ReadAnswer};
 use crate::control::api::VerifyReport;
 use crate::error::{Failure, Outcome};
 use crate::export::LazyExport;
+use crate::limits::PEER_CHECKSUM_BLOCKS;
 use crate::peer::client::PeerClient;
-use crate::peer::{MAX_CHECKSUM_BLOCKS, Reply, Request, Subject};
+use crate::peer::{Reply, Request, Subject};
 use crate::units::{BlockIndex, BlockRange};
 
 /// Hexadecimal digits of a block's digest.
@@ -28,7 +29,7 @@ const PRESENT: u64 = 1;
 /// `lazy-migrate:present`: the block was written here.
 const DIRTY: u64 = 2;
 
-const _: () = assert!(STEP <= MAX_CHECKSUM_BLOCKS);
+const _: () = assert!(STEP <= PEER_CHECKSUM_BLOCKS);
 
 /// Compares everything.
 pub async fn verify(export: &LazyExport, peer: &PeerClient, subject: &Subject) -> Outcome<VerifyReport> {
@@ -169,7 +170,7 @@ async fn flags(export: &LazyExport, first: u64, count: u64) -> Outcome<Vec<u64>>
 pub(crate) async fn checksums(export: &LazyExport, first: u64, count: u64) -> Outcome<String> {
     let block_size = export.block_size();
     let blocks = block_size.count(export.size());
-    if count > MAX_CHECKSUM_BLOCKS || first.checked_add(count).is_none_or(|end| end > blocks) {
+    if count > PEER_CHECKSUM_BLOCKS || first.checked_add(count).is_none_or(|end| end > blocks) {
         return Err(Failure::refused(format!(
             "{} has {blocks} blocks; {count} from {first} on were asked",
             export.name()
