@@ -132,7 +132,7 @@ pub enum Request {
         subject: Subject,
         /// The first block.
         first: u64,
-        /// How many, at most [`PEER_CHECKSUM_BLOCKS`].
+        /// How many, at most [`PEER_CHECKSUM_BLOCKS`](crate::limits::PEER_CHECKSUM_BLOCKS).
         count: u64,
     },
 }
