@@ -48,6 +48,7 @@ lm add local "$work/local.img"
 # Slow enough that most of it is fetched because it was asked for.
 lm pull lazy --from "nbd+unix:///?socket=$work/source.sock" --rate 4M
 
+# shellcheck disable=SC2034 # by name, below
 unix=(-unix "$work/nbd.sock") tcp=(127.0.0.1 10809)
 for address in unix tcp; do
   declare -n where=$address
