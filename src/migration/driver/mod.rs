@@ -19,6 +19,8 @@ pub use verify::verify;
 
 use std::sync::{Arc, Mutex};
 
+use futures::future::BoxFuture;
+
 use super::journal::OwnershipRecord;
 use super::machine::Denied;
 use super::record::Record;
@@ -43,6 +45,13 @@ async fn append(journal: &SharedRecord, record: Record) -> Result<(), Failure> {
     match appended.await {
         Ok(result) => result,
         Err(error) => Err(Failure::failed(format!("the journal's task ended: {error}"))),
+    }
+}
+
+async fn pending<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
+    match slot {
+        Some(future) => future.await,
+        None => std::future::pending().await,
     }
 }
 

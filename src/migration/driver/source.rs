@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::container::SourceHold;
-use super::{COMMANDS, SharedRecord, append, denied, driver_gone};
+use super::{COMMANDS, SharedRecord, append, denied, driver_gone, pending};
 use crate::clock;
 use crate::error::{Failure, Kind, Outcome};
 use crate::export::{GateMode, LazyExport};
@@ -24,6 +24,8 @@ use crate::units::{BootTime, Epoch};
 const PREPARE_TIME: Duration = Duration::from_secs(60);
 /// How long the first beat of a prepared destination is waited for.
 const FIRST_BEAT_TIME: Duration = Duration::from_secs(15);
+/// How often the disk is written out while it is prepared.
+const WRITE_OUT_INTERVAL: Duration = Duration::from_millis(500);
 /// How long one telling of the handover waits for its answer.
 const TELL_TIME: Duration = Duration::from_secs(3);
 /// How long a cancel tries to reach the destination; it finds out by its next beat otherwise.
@@ -202,6 +204,8 @@ async fn drive(
     let world = Arc::new(world);
     let mut running: Option<BoxFuture<'static, SourceEvent>> = None;
     let mut waiting: Option<oneshot::Sender<Result<(), Denied>>> = None;
+    // What is durable before the freeze, nothing has to wait for in the pause.
+    let mut writing_out: Option<BoxFuture<'static, ()>> = None;
     let mut progress = Progress::default();
     let mut heard_at = None;
     let mut last_error = None;
@@ -224,12 +228,16 @@ async fn drive(
         if let Some((reply, result)) = answered {
             let _ = reply.send(result);
         }
+        if writing_out.is_none() && machine.is_ready() && machine.record().phase == SourcePhase::Preparing {
+            writing_out = Some(write_out(world.clone()));
+        }
         let wake = machine.next_timeout().unwrap_or_else(|| clock::now().after(IDLE));
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
             () = clock::sleep_until(wake) => machine.handle(clock::now(), SourceEvent::Tick),
-            event = async { match &mut running { Some(effect) => effect.await, None => std::future::pending().await } } => {
+            () = pending(&mut writing_out) => writing_out = None,
+            event = pending(&mut running) => {
                 running = None;
                 machine.handle(clock::now(), event);
             }
@@ -254,6 +262,16 @@ async fn drive(
             },
         }
     }
+}
+
+fn write_out(world: Arc<SourceWorld>) -> BoxFuture<'static, ()> {
+    Box::pin(async move {
+        tokio::time::sleep(WRITE_OUT_INTERVAL).await;
+        // A failure is remembered by the store, and the seal says so.
+        if let Err(errno) = world.export.persist().await {
+            tracing::warn!(disk = world.disk, %errno, "the disk cannot be made durable, so it could not be handed over");
+        }
+    })
 }
 
 fn publish_view(

@@ -17,6 +17,7 @@ use effects::perform;
 use handle::Command;
 pub use handle::{ContainerState, DestinationHandle, DestinationView, DestinationWorld};
 
+use super::pending;
 use super::verify::Verifier;
 use crate::clock;
 use crate::error::{Failure, Outcome};
@@ -411,12 +412,5 @@ impl Driver {
                 last_error: self.last_error.clone(),
             }
         });
-    }
-}
-
-async fn pending<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
-    match slot {
-        Some(future) => future.await,
-        None => std::future::pending().await,
     }
 }
