@@ -141,9 +141,11 @@ impl Connection for Wire {
                 tokio::task::yield_now().await;
                 Ok(Bytes::copy_from_slice(&source.bytes[offset as usize..][..length as usize]))
             };
+            // A request of a connection that is cut neither passes the valve any more nor uses up a refusal.
             done(tokio::select! {
-                answer = answer => answer,
+                biased;
                 _ = cut.changed() => Err(ReadError::Lost("cut".into())),
+                answer = answer => answer,
             })
         });
     }

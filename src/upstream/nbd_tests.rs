@@ -68,7 +68,8 @@ async fn one_node_fills_itself_from_another_with_its_heat_and_its_holes() {
     let complete = state.wait_for(|state| *state == PullState::Complete);
     tokio::time::timeout(Duration::from_secs(20), complete).await.expect("the pull must end").unwrap();
     let mut found = vec![0; size as usize];
-    assert!(matches!(export.read(0, &mut found), ReadAnswer::Now(Ok(()))));
+    // The holes of the store are found in the background: they are told when they are known.
+    assert!(matches!(export.read(0, &mut found), ReadAnswer::Now(Ok(())) | ReadAnswer::Sparse(_)));
     assert!(found == std::fs::read(&path).unwrap());
     let status = export.status();
     assert!(status.skipped_bytes > 2 << 20 && status.pulled_bytes < 3 << 20, "holes are not sent: {status:?}");
