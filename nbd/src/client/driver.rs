@@ -25,8 +25,8 @@ use crate::limits::{
     CLIENT_CLOSE_TIME, CLIENT_OUTPUT_HIGH_WATER, CLIENT_QUEUE, CLIENT_REQUESTS_IN_FLIGHT, KEPT_BUFFER, RECEIVE_SPACE,
 };
 use crate::output::Output;
-use crate::server::splice::Transport;
 use crate::proto::client::{Completion, Negotiated, Operation, ProtocolError, Refusal, Reply, Session};
+use crate::server::splice::Transport;
 
 /// How a request ended: answered, or the connection died before.
 pub(super) type Ending = Result<Result<Reply, Refusal>, ClientError>;
