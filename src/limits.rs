@@ -22,6 +22,12 @@ pub const BACKGROUND_WINDOW_MAX: u64 = 32 << 20;
 /// before the window shrinks: the queue that the pull builds up on the link is what a demand fetch waits behind.
 pub const BACKGROUND_QUEUE_DELAY: Duration = Duration::from_millis(3);
 
+/// The largest background request while clients fetch, in bytes.
+pub const BACKGROUND_PIECE: u64 = 256 << 10;
+
+/// How long the background pull goes on keeping out of the way after a demand fetch.
+pub const DEMAND_REST: Duration = Duration::from_millis(5);
+
 /// Bytes of demand fetches in flight.
 pub const DEMAND_WINDOW: u64 = 64 << 20;
 
@@ -52,6 +58,12 @@ pub const MAPS_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long the background pull pauses when the store takes no more bytes, before it tries again.
 pub const NO_SPACE_PAUSE: Duration = Duration::from_secs(1);
+
+/// Pulled bytes that are written out together.
+pub const WRITE_OUT_BATCH: u64 = 16 << 20;
+
+/// Pulled bytes that are not on the disk yet; beyond it the background pull waits for the disk.
+pub const WRITE_OUT_BEHIND: u64 = 128 << 20;
 
 /// How often the map is persisted while blocks arrive and nobody flushes.
 pub const PERSIST_EVERY: Duration = Duration::from_secs(10);

@@ -16,6 +16,7 @@ use super::lane::Carriage;
 use super::queue::{Cargo, Carrier, ClaimId, Claimed, Class, FetchQueue, FlightId, Outgoing, Ticket};
 use super::stats::{FaultStats, PullCounters};
 use super::window::Window;
+use super::write_out::{Backlog, Bell};
 use crate::limits::{BACKGROUND_CONNECTIONS, DEMAND_WINDOW, MAX_FETCH, RETRY_MIN};
 use crate::pull::{PullOrder, PullState};
 use crate::store::Disk;
@@ -31,6 +32,7 @@ pub(super) struct State {
     order: PullOrder,
     pub(super) waiters: HashMap<Ticket, Waiter>,
     pub(super) window: Window,
+    pub(super) backlog: Backlog,
     /// When the rate limit lets the next background request go.
     rate_next: Duration,
     /// The store took no bytes: when to try again, and why.
@@ -52,6 +54,7 @@ pub struct Fetcher {
     /// The background waits for the end of demand.
     pub(super) held_back: AtomicBool,
     background_wake: [Notify; BACKGROUND_CONNECTIONS],
+    pub(super) write_out_bell: Bell,
     all_present: Notify,
     pull_state: watch::Sender<PullState>,
     /// Bytes fetched and skipped.
@@ -83,6 +86,7 @@ impl Fetcher {
             order,
             waiters: HashMap::new(),
             window: Window::default(),
+            backlog: Backlog::default(),
             rate_next: Duration::ZERO,
             paused: None,
             carriers: 0,
@@ -98,6 +102,7 @@ impl Fetcher {
             demand: Mutex::default(),
             held_back: AtomicBool::new(false),
             background_wake: Default::default(),
+            write_out_bell: Bell::default(),
             all_present: Notify::new(),
             pull_state: watch::Sender::new(first),
             counters: PullCounters::default(),
@@ -219,6 +224,10 @@ impl Fetcher {
         change(&mut self.lock().order)
     }
 
+    pub(super) fn with_backlog<T>(&self, change: impl FnOnce(&mut Backlog) -> T) -> T {
+        change(&mut self.lock().backlog)
+    }
+
     /// The demand lane has a connection, or has none any more.
     pub(crate) fn set_demand(&self, carriage: Option<Arc<Carriage>>) {
         *self.demand.lock().unwrap_or_else(PoisonError::into_inner) = carriage;
@@ -282,7 +291,10 @@ impl Fetcher {
             return Next::Wait(None);
         }
         match state.queue.poll(Class::Demand, carrier, now) {
-            Some(flight) => Next::Send(flight),
+            Some(flight) => {
+                state.window.demanded(now);
+                Next::Send(flight)
+            }
             None => Next::Wait(state.queue.next_timeout()),
         }
     }
@@ -292,22 +304,26 @@ impl Fetcher {
             return Next::Wait(None);
         }
         let flying = state.queue.in_flight(Class::Background) * self.disk.block_size.bytes();
-        let mut window = state.window.bytes(state.queue.in_flight(Class::Demand) > 0);
+        let mut room = state.window.room(now, state.queue.in_flight(Class::Demand) > 0);
         if let Some((until, _)) = &state.paused {
             if now < *until {
                 return Next::Wait(Some(*until));
             }
             // One request tries whether there is room again.
-            window = 1;
+            room.window = 1;
         }
-        if flying >= window {
-            self.held_back.store(true, Ordering::Release);
+        if state.backlog.is_full() {
             return Next::Wait(None);
+        }
+        if flying > 0 && flying + room.piece > room.window {
+            self.held_back.store(true, Ordering::Release);
+            return Next::Wait(room.more_at);
         }
         let rate = self.rate.load(Ordering::Acquire);
         if rate > 0 && now < state.rate_next {
             return Next::Wait(Some(state.rate_next));
         }
+        let longest = (room.piece / self.disk.block_size.bytes()).max(1);
         let mut passes = 0;
         loop {
             if let Some(flight) = state.queue.poll(Class::Background, carrier, now) {
@@ -317,7 +333,7 @@ impl Fetcher {
                 }
                 return Next::Send(flight);
             }
-            match state.order.next(MAX_FETCH / self.disk.block_size.bytes(), &self.disk.map) {
+            match state.order.next(longest, &self.disk.map) {
                 Some(step) => {
                     let missing: Vec<BlockRange> = self.disk.map.missing_in(step.range()).collect();
                     let zero = matches!(step, crate::pull::Step::Zero(_));

@@ -89,6 +89,9 @@ impl Fetcher {
         let now = self.now();
         if flight.class == Class::Background && flight.cargo == Cargo::Bytes {
             state.window.answered(now, took, length);
+            if state.backlog.landed(self.disk.block_size.bytes_of(flight.range, self.disk.size())) {
+                self.write_out_bell.ring();
+            }
         }
         self.note_landing(&mut state, flight, result, now);
         let demand_rests = state.queue.in_flight(Class::Demand) == 0;

@@ -13,6 +13,7 @@ pub mod queue;
 mod ranges;
 mod stats;
 mod window;
+pub(crate) mod write_out;
 
 pub use assemble::Fetched;
 pub use fetcher::{ClaimGuard, Fetcher, Waiting};

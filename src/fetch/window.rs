@@ -4,15 +4,22 @@
 use std::time::Duration;
 
 use crate::limits::{
-    BACKGROUND_QUEUE_DELAY, BACKGROUND_WINDOW_MAX, BACKGROUND_WINDOW_MIN, BACKGROUND_WINDOW_START, MAX_FETCH,
+    BACKGROUND_PIECE, BACKGROUND_QUEUE_DELAY, BACKGROUND_WINDOW_MAX, BACKGROUND_WINDOW_MIN, BACKGROUND_WINDOW_START,
+    DEMAND_REST, MAX_FETCH,
 };
 
 /// How often the path is measured anew.
 const PROBE_EVERY: Duration = Duration::from_secs(30);
 
+/// The shortest time over which a rate is measured.
+const RATE_OVER: Duration = Duration::from_millis(5);
+
 /// The window of bytes in flight. It grows while replies take about as long as one alone takes, and shrinks when they
 /// queue. What one alone takes is measured by sending one alone, at the start and now and then: on a path that is always
 /// full nothing else shows it.
+///
+/// While clients fetch, what is in flight is no more than the link itself holds (its rate times its delay) and two short
+/// requests: nothing queues in front of a fetch.
 #[derive(Debug)]
 pub struct Window {
     bytes: u64,
@@ -20,7 +27,25 @@ pub struct Window {
     probing: Option<Duration>,
     measured_at: Duration,
     alone: Option<Duration>,
-    shrunk_at: Duration,
+    shrunk_at: Option<Duration>,
+    /// Bytes that came since then.
+    counted: u64,
+    counted_since: Duration,
+    /// The best rate of late, in bytes a second.
+    rate: f64,
+    /// When the latest demand fetch was seen.
+    demand_at: Option<Duration>,
+}
+
+/// What may be sent now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Bytes in flight, at most.
+    pub window: u64,
+    /// Bytes of one request, at most.
+    pub piece: u64,
+    /// Then there may be more room although nothing else happens.
+    pub more_at: Option<Duration>,
 }
 
 impl Default for Window {
@@ -30,26 +55,42 @@ impl Default for Window {
             probing: Some(Duration::ZERO),
             measured_at: Duration::ZERO,
             alone: None,
-            shrunk_at: Duration::ZERO,
+            shrunk_at: None,
+            counted: 0,
+            counted_since: Duration::ZERO,
+            rate: 0.0,
+            demand_at: None,
         }
     }
 }
 
 impl Window {
-    /// In bytes; a quarter of it (not less than one request) while a client waits for a fetch.
-    pub fn bytes(&self, demand_waits: bool) -> u64 {
-        match (self.probing, demand_waits) {
-            (Some(_), _) => BACKGROUND_WINDOW_MIN,
-            (None, true) => (self.bytes / 4).max(BACKGROUND_WINDOW_MIN),
-            (None, false) => self.bytes,
+    /// A client fetches.
+    pub fn demanded(&mut self, now: Duration) {
+        self.demand_at = Some(now);
+    }
+
+    /// How much may be in flight at `now`.
+    pub fn room(&self, now: Duration, demand_waits: bool) -> Room {
+        let rested_at = self.demand_at.map(|at| at + DEMAND_REST).filter(|at| now < *at);
+        if demand_waits || rested_at.is_some() {
+            let window = self.held_by_the_link().min(self.bytes) + 2 * BACKGROUND_PIECE;
+            return Room { window, piece: BACKGROUND_PIECE, more_at: rested_at.filter(|_| !demand_waits) };
         }
+        let window = if self.probing.is_some() { BACKGROUND_WINDOW_MIN } else { self.bytes };
+        Room { window, piece: MAX_FETCH, more_at: None }
     }
 
     /// A request of `bytes` was answered at `now`, `took` after it was sent.
     pub fn answered(&mut self, now: Duration, took: Duration, bytes: u64) {
         let sent = now.saturating_sub(took);
+        self.count(now, bytes);
+        if bytes < MAX_FETCH / 2 {
+            // A short one takes less, and says nothing of those that count.
+            return;
+        }
         if let Some(since) = self.probing {
-            if sent >= since && bytes >= MAX_FETCH / 2 {
+            if sent >= since {
                 (self.probing, self.measured_at, self.alone) = (None, now, Some(took));
             }
             return;
@@ -61,12 +102,31 @@ impl Window {
         let alone = self.alone.unwrap_or(took).min(took);
         self.alone = Some(alone);
         if took <= alone + BACKGROUND_QUEUE_DELAY.max(alone / 2) {
-            self.bytes = (self.bytes + bytes / 4).min(BACKGROUND_WINDOW_MAX);
-        } else if sent >= self.shrunk_at {
+            // Twice as much after each round until something queues, then a little more each time.
+            let more = if self.shrunk_at.is_none() { bytes } else { bytes / 4 };
+            self.bytes = (self.bytes + more).min(BACKGROUND_WINDOW_MAX);
+        } else if self.shrunk_at.is_none_or(|at| sent >= at) {
             // Once for each round: what is in flight was sent under the old window.
             self.bytes = (self.bytes / 4 * 3).max(BACKGROUND_WINDOW_MIN);
-            self.shrunk_at = now;
+            self.shrunk_at = Some(now);
         }
+    }
+
+    fn count(&mut self, now: Duration, bytes: u64) {
+        self.counted += bytes;
+        let over = now.saturating_sub(self.counted_since);
+        if over >= RATE_OVER.max(self.alone.unwrap_or_default()) {
+            let rate = self.counted as f64 / over.as_secs_f64();
+            self.rate = rate.max(self.rate * 0.9);
+            (self.counted, self.counted_since) = (0, now);
+        }
+    }
+
+    /// Bytes that are on their way when nothing queues: rate times delay, the delay without the time that a request takes
+    /// to pass.
+    fn held_by_the_link(&self) -> u64 {
+        let alone = self.alone.unwrap_or_default().as_secs_f64();
+        (self.rate * alone - MAX_FETCH as f64).max(0.0) as u64
     }
 }
 
@@ -75,37 +135,57 @@ mod tests {
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
+    const MINUTES: Duration = Duration::from_secs(600);
 
-    /// A link of `rate` bytes a millisecond and a fixed delay, kept full by the window for ten minutes.
-    fn settle(rate: u64, delay: Duration) -> u64 {
+    /// A link of `rate` bytes a millisecond and a fixed delay, kept full by the window for a while; clients fetch from
+    /// half of it on. Answers the window and its room under demand.
+    fn settle(rate: u64, delay: Duration, length: Duration) -> (u64, Room) {
         let mut window = Window::default();
-        let each = MS * ((1 << 20) / rate).max(1) as u32;
-        let (mut now, mut flying, mut free_at) = (Duration::ZERO, std::collections::VecDeque::new(), Duration::ZERO);
-        while now < Duration::from_secs(600) {
-            while (flying.len() as u64) << 20 < window.bytes(false) {
-                free_at = free_at.max(now) + each;
-                flying.push_back((now, free_at + delay));
+        let each = |bytes: u64| Duration::from_secs_f64(bytes as f64 / rate as f64 / 1000.0);
+        let (mut now, mut free_at) = (Duration::ZERO, Duration::ZERO);
+        let mut flying = std::collections::VecDeque::new();
+        let mut bytes_flying = 0;
+        while now < length {
+            let demand = now > length / 2;
+            let room = window.room(now, demand);
+            while bytes_flying + room.piece <= room.window.max(room.piece) {
+                free_at = free_at.max(now) + each(room.piece);
+                flying.push_back((now, free_at + delay, room.piece));
+                bytes_flying += room.piece;
             }
-            if let Some((sent, done)) = flying.pop_front() {
+            if let Some((sent, done, bytes)) = flying.pop_front() {
                 now = now.max(done);
-                window.answered(now, now - sent, 1 << 20);
+                bytes_flying -= bytes;
+                window.answered(now, now - sent, bytes);
             }
         }
-        window.bytes
+        (window.bytes, window.room(now, true))
     }
 
     #[test]
     fn a_slow_link_gets_a_small_window_and_a_long_one_a_large() {
-        let slow = settle(10 << 10, MS);
+        let (slow, under_demand) = settle(10 << 10, MS, MINUTES);
         assert!(slow <= 6 << 20, "10 MB/s: {slow}");
-        let long = settle(100 << 10, MS * 200);
+        assert!(under_demand.window <= 768 << 10, "nothing may queue: {under_demand:?}");
+        let (long, under_demand) = settle(100 << 10, MS * 200, MINUTES);
         assert!(long >= 16 << 20, "100 MB/s at 200 ms: {long}");
+        assert!(under_demand.window >= 14 << 20, "the link holds 20 MB: {under_demand:?}");
     }
 
     #[test]
-    fn demand_makes_it_smaller_but_never_nothing() {
-        let window = Window { bytes: 8 << 20, probing: None, ..Window::default() };
-        assert_eq!((window.bytes(false), window.bytes(true)), (8 << 20, 2 << 20));
-        assert_eq!(Window { bytes: BACKGROUND_WINDOW_MIN, ..window }.bytes(true), BACKGROUND_WINDOW_MIN);
+    fn a_long_link_is_full_after_a_few_rounds() {
+        let (window, _) = settle(900 << 10, MS * 10, MS * 70);
+        assert!(window >= 9 << 20, "{window}");
+    }
+
+    #[test]
+    fn demand_makes_it_small_and_for_a_while_after() {
+        let mut window = Window { bytes: 8 << 20, probing: None, ..Window::default() };
+        let full = Room { window: 8 << 20, piece: MAX_FETCH, more_at: None };
+        let small = Room { window: 2 * BACKGROUND_PIECE, piece: BACKGROUND_PIECE, more_at: None };
+        assert_eq!((window.room(MS, false), window.room(MS, true)), (full, small));
+        window.demanded(MS);
+        assert_eq!(window.room(MS * 2, false), Room { more_at: Some(MS + DEMAND_REST), ..small });
+        assert_eq!(window.room(MS + DEMAND_REST, false), full);
     }
 }

@@ -9,6 +9,7 @@ use super::maps;
 use crate::fetch::Fetcher;
 use crate::fetch::lane::{self, LaneKind};
 use crate::fetch::links::{Link, Links};
+use crate::fetch::write_out;
 use crate::limits::{BACKGROUND_CONNECTIONS, MAPS_TIMEOUT, RETRY_MIN};
 use crate::upstream::ReadError;
 
@@ -24,11 +25,11 @@ pub(crate) async fn run(fetcher: Arc<Fetcher>, links: Arc<Links>, cancel: Cancel
         () = cancel.cancelled() => return,
         () = load_maps(&fetcher, &links) => {}
     }
-    join_all(
+    let lanes = join_all(
         (0..BACKGROUND_CONNECTIONS)
             .map(|index| lane::run(fetcher.clone(), links.clone(), lane_kind(index), None, cancel.clone())),
-    )
-    .await;
+    );
+    tokio::join!(lanes, write_out::run(fetcher.clone(), cancel.clone()));
 }
 
 fn lane_kind(index: usize) -> LaneKind {

@@ -73,6 +73,11 @@ impl Disk {
         result
     }
 
+    /// See [`Store::write_out`].
+    pub fn write_out(&self, range: ByteRange, wait: bool) -> io::Result<()> {
+        self.store.write_out(range, wait)
+    }
+
     /// See [`Store::write_zeroes`].
     pub fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
         self.zeroing(range, no_hole, || self.store.write_zeroes(range, no_hole).map(|()| true)).map(drop)

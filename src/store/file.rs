@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -190,6 +190,18 @@ impl Store for FileStore {
         self.file.write_all_at(data, offset)
     }
 
+    fn write_out(&self, range: ByteRange, wait: bool) -> io::Result<()> {
+        match sync_file_range(&self.file, range, wait) {
+            // A file system or a device that does not know it.
+            Ok(()) | Err(Errno::EINVAL | Errno::ENOSYS | Errno::ESPIPE | Errno::EOPNOTSUPP) => Ok(()),
+            Err(errno) => {
+                // The kernel tells an error once: a later fdatasync would succeed.
+                self.sync_failed.store(true, Ordering::Release);
+                Err(errno.into())
+            }
+        }
+    }
+
     fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
         if self.zero_fast(range, no_hole)? { Ok(()) } else { self.zero_by_writing(range) }
     }
@@ -247,6 +259,19 @@ impl Store for FileStore {
         }
         Ok(Some(ranges))
     }
+}
+
+#[allow(unsafe_code)]
+fn sync_file_range(file: &File, range: ByteRange, wait: bool) -> Result<(), Errno> {
+    use nix::libc::{SYNC_FILE_RANGE_WAIT_AFTER, SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE};
+    let flags = if wait {
+        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER
+    } else {
+        SYNC_FILE_RANGE_WRITE
+    };
+    // SAFETY: takes a descriptor, which the reference keeps open, and plain numbers.
+    let result = unsafe { nix::libc::sync_file_range(file.as_raw_fd(), range.start as i64, range.len() as i64, flags) };
+    Errno::result(result).map(drop)
 }
 
 #[cfg(test)]
