@@ -332,7 +332,8 @@ mod tests {
         task.abort();
         let _ = task.await;
         let task = tokio::spawn(export.clone().write_out(false));
-        eventually("its first round", || round(&export) == 1).await;
+        let begun = || export.inner.pace.on.load(Ordering::SeqCst) && round(&export) == 1;
+        eventually("its first round", begun).await;
         assert!(matches!(write(&export, 4 * UNWRITTEN_MIN), Answer::Now(Ok(()))));
         store.let_through(1);
         ended(&export, 1).await;
