@@ -33,10 +33,17 @@ impl BlockMap {
                 left if left < 64 => (1u64 << left) - 1,
                 _ => u64::MAX,
             };
-            let present = planes.present()[word].load(Ordering::Relaxed) & valid;
-            let dirty = planes.dirty()[word].load(Ordering::Relaxed) & present;
-            planes.present()[word].store(present, Ordering::Relaxed);
-            planes.dirty()[word].store(dirty, Ordering::Relaxed);
+            let (found_present, found_dirty) = (&planes.present()[word], &planes.dirty()[word]);
+            let (was_present, was_dirty) = (found_present.load(Ordering::Relaxed), found_dirty.load(Ordering::Relaxed));
+            let present = was_present & valid;
+            let dirty = was_dirty & present;
+            // Memory that is right already is not written: it may not have been taken yet.
+            if present != was_present {
+                found_present.store(present, Ordering::Relaxed);
+            }
+            if dirty != was_dirty {
+                found_dirty.store(dirty, Ordering::Relaxed);
+            }
             present_count += u64::from(present.count_ones());
             dirty_count += u64::from(dirty.count_ones());
         }

@@ -169,8 +169,23 @@ impl MapFile {
         Ok(true)
     }
 
-    /// Reads all pages into planes. A damaged page is an error, never a guess.
+    /// Reads all pages into planes that hold nothing yet. A damaged page is an error, never a guess.
     pub fn load(&mut self, planes: &dyn Planes) -> Result<(), MapError> {
+        self.load_each(|index, words| {
+            let first = index * WORDS_PER_PAGE;
+            let count = WORDS_PER_PAGE.min(planes.present().len().saturating_sub(first));
+            for slot in 0..count {
+                // Memory of which nothing is set is not touched: it may take none.
+                if words.present[slot] | words.dirty[slot] != 0 {
+                    planes.present()[first + slot].store(words.present[slot], Ordering::Relaxed);
+                    planes.dirty()[first + slot].store(words.dirty[slot], Ordering::Relaxed);
+                }
+            }
+        })
+    }
+
+    /// Reads all pages and shows each that is whole; with one that is not, it ends with an error, but only after the others.
+    pub fn load_each(&mut self, mut each: impl FnMut(usize, &PageWords)) -> Result<(), MapError> {
         // What a dead process wrote may be in memory alone: the next persist must not replace the page below it before.
         self.file.sync_data().map_err(MapError::io("sync", &self.path))?;
         let (mut slots, mut damaged) = ([[0; PAGE_BYTES]; 2], None);
@@ -188,12 +203,7 @@ impl MapFile {
                 }
             };
             self.generations[index] = page.generation;
-            let first = index * WORDS_PER_PAGE;
-            let count = WORDS_PER_PAGE.min(planes.present().len().saturating_sub(first));
-            for slot in 0..count {
-                planes.present()[first + slot].store(page.words.present[slot], Ordering::Relaxed);
-                planes.dirty()[first + slot].store(page.words.dirty[slot], Ordering::Relaxed);
-            }
+            each(index, &page.words);
         }
         damaged.map_or(Ok(()), |source| Err(MapError::Corrupt { path: self.path.clone(), source }))
     }
