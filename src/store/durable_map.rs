@@ -77,6 +77,9 @@ impl MapError {
     }
 }
 
+/// Pages that one snapshot has at most: 4 MiB, for 64 GiB of a disk in blocks of 4 KiB.
+const SNAPSHOT_PAGES: usize = 1024;
+
 /// Bits that were taken from the map before the store was synced.
 #[derive(Debug)]
 pub struct MapSnapshot {
@@ -208,9 +211,11 @@ impl MapFile {
         damaged.map_or(Ok(()), |source| Err(MapError::Corrupt { path: self.path.clone(), source }))
     }
 
-    /// The bits that changed since the last snapshot. To be taken **before** the store is synced.
-    pub fn snapshot(map: &BlockMap) -> MapSnapshot {
-        MapSnapshot { pages: map.take_changed().into_iter().map(|page| (page, map.snapshot(page))).collect() }
+    /// Bits that changed since the last snapshot, of pages from `from` on: a bounded part, so that the map of a large disk
+    /// is not in memory twice. To be taken **before** the store is synced.
+    pub fn snapshot(map: &BlockMap, from: usize) -> MapSnapshot {
+        let pages = map.take_changed(from, SNAPSHOT_PAGES);
+        MapSnapshot { pages: pages.into_iter().map(|page| (page, map.snapshot(page))).collect() }
     }
 
     /// Writes a snapshot and makes it durable. When nothing changed nothing is written. On an error the snapshot's pages
@@ -241,6 +246,12 @@ impl MapSnapshot {
     /// Marks its pages as changed again, after a persist that failed.
     pub fn give_back(&self, map: &BlockMap) {
         self.pages.iter().for_each(|(page, _)| map.mark_changed(*page));
+    }
+
+    /// Where the next part begins, if this one may not be all.
+    pub fn rest(&self) -> Option<usize> {
+        let last = self.pages.last().filter(|_| self.pages.len() == SNAPSHOT_PAGES);
+        last.map(|(page, _)| page + 1)
     }
 
     /// Nothing had changed.

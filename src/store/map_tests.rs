@@ -37,7 +37,7 @@ fn new(blocks: u64) -> (tempfile::TempDir, BlockMap, MapFile) {
 
 /// One right persist.
 fn persist(map: &BlockMap, file: &mut MapFile, store: &dyn Store) {
-    let snapshot = MapFile::snapshot(map);
+    let snapshot = MapFile::snapshot(map, 0);
     let durable = store.sync().unwrap();
     file.commit(&snapshot, &durable).unwrap();
 }
@@ -71,13 +71,13 @@ fn no_bit_is_durable_before_its_bytes() {
             persist(map, file, store);
         },
         |map, file, store, arrive| {
-            let snapshot = MapFile::snapshot(map);
+            let snapshot = MapFile::snapshot(map, 0);
             arrive();
             let durable = store.sync().unwrap();
             file.commit(&snapshot, &durable).unwrap();
         },
         |map, file, store, arrive| {
-            let snapshot = MapFile::snapshot(map);
+            let snapshot = MapFile::snapshot(map, 0);
             let durable = store.sync().unwrap();
             arrive();
             file.commit(&snapshot, &durable).unwrap();
@@ -91,7 +91,7 @@ fn the_power_loss_test_catches_bits_that_are_taken_after_the_sync() {
     assert!(claims_too_much(|map, file, store, arrive| {
         let durable = store.sync().unwrap();
         arrive();
-        let snapshot = MapFile::snapshot(map);
+        let snapshot = MapFile::snapshot(map, 0);
         file.commit(&snapshot, &durable).unwrap();
     }));
 }
@@ -125,7 +125,7 @@ fn after_a_power_loss_no_block_is_taken_for_clean_and_that_is_persisted() {
     drop((map, file));
     let (map, mut file) = open(&files(&directory), OTHER_BOOT).unwrap();
     assert_eq!((map.present_blocks(), map.dirty_blocks()), (6, 6));
-    assert_eq!(map.take_changed(), [0]);
+    assert_eq!(map.take_changed(0, 9), [0]);
     map.mark_changed(0);
     persist(&map, &mut file, &FaultyStore::new(8));
     drop((map, file));
