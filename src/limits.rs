@@ -20,7 +20,7 @@ pub const BACKGROUND_WINDOW_MAX: u64 = 32 << 20;
 
 /// A background request may take this much longer than one alone on the link (or half as long again, whichever is more)
 /// before the window shrinks: the queue that the pull builds up on the link is what a demand fetch waits behind.
-pub const BACKGROUND_QUEUE_DELAY: Duration = Duration::from_millis(10);
+pub const BACKGROUND_QUEUE_DELAY: Duration = Duration::from_millis(3);
 
 /// Bytes of demand fetches in flight.
 pub const DEMAND_WINDOW: u64 = 64 << 20;

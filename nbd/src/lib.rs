@@ -31,3 +31,5 @@ pub mod socket;
 pub mod tls;
 pub mod uri;
 pub mod wire;
+
+pub use server::splice::{Socket, Transport};

@@ -51,6 +51,10 @@ pub const CLIENT_REQUESTS_IN_FLIGHT: usize = 1024;
 pub const CLIENT_QUEUE: usize = 256;
 /// Bytes that a client connection holds for sending before it takes further requests from its queue.
 pub const CLIENT_OUTPUT_HIGH_WATER: usize = 8 << 20;
+/// Bytes of a streamed read that are received into memory at once.
+pub const STREAM_PIECE: usize = 256 << 10;
+/// The shortest rest of a streamed read that is taken as pages, in bytes.
+pub const STREAM_SPLICE_MIN: u32 = 16 << 10;
 /// How long a client connection that is being closed waits for its last replies, and for the server to take its last
 /// requests.
 pub const CLIENT_CLOSE_TIME: Duration = Duration::from_secs(5);

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::assemble::Fetched;
@@ -17,31 +16,31 @@ use super::lane::Carriage;
 use super::queue::{Cargo, Carrier, ClaimId, Claimed, Class, FetchQueue, FlightId, Outgoing, Ticket};
 use super::stats::{FaultStats, PullCounters};
 use super::window::Window;
-use crate::limits::{BACKGROUND_CONNECTIONS, DEMAND_WINDOW, MAX_FETCH, NO_SPACE_PAUSE, RETRY_MIN};
+use crate::limits::{BACKGROUND_CONNECTIONS, DEMAND_WINDOW, MAX_FETCH, RETRY_MIN};
 use crate::pull::{PullOrder, PullState};
 use crate::store::Disk;
-use crate::units::{BlockRange, ByteRange};
+use crate::units::BlockRange;
 
-struct Waiter {
-    brought: Fetched,
+pub(super) struct Waiter {
+    pub(super) brought: Fetched,
     done: oneshot::Sender<Fetched>,
 }
 
-struct State {
-    queue: FetchQueue,
+pub(super) struct State {
+    pub(super) queue: FetchQueue,
     order: PullOrder,
-    waiters: HashMap<Ticket, Waiter>,
-    window: Window,
+    pub(super) waiters: HashMap<Ticket, Waiter>,
+    pub(super) window: Window,
     /// When the rate limit lets the next background request go.
     rate_next: Duration,
     /// The store took no bytes: when to try again, and why.
-    paused: Option<(Duration, io::Error)>,
+    pub(super) paused: Option<(Duration, io::Error)>,
     carriers: u64,
 }
 
 /// See the module's documentation.
 pub struct Fetcher {
-    disk: Arc<Disk>,
+    pub(super) disk: Arc<Disk>,
     state: Mutex<State>,
     started: Instant,
     background: AtomicBool,
@@ -51,7 +50,7 @@ pub struct Fetcher {
     /// The demand lane's connection, while it has one.
     demand: Mutex<Option<Arc<Carriage>>>,
     /// The background waits for the end of demand.
-    held_back: AtomicBool,
+    pub(super) held_back: AtomicBool,
     background_wake: [Notify; BACKGROUND_CONNECTIONS],
     all_present: Notify,
     pull_state: watch::Sender<PullState>,
@@ -335,56 +334,6 @@ impl Fetcher {
         }
     }
 
-    /// The bytes of a flight are here (none for zeroes): to the store, into the map, to those who wait.
-    pub(crate) fn land(&self, flight: &Outgoing, bytes: Option<Bytes>, took: Duration) {
-        let parts = self.lock().queue.arrived(flight.id);
-        let size = self.disk.size();
-        let whole = self.disk.block_size.bytes_of(flight.range, size);
-        let slice = |part: ByteRange| {
-            bytes.as_ref().map(|b| b.slice((part.start - whole.start) as usize..(part.end - whole.start) as usize))
-        };
-        let mut result = Ok(());
-        let mut pieces = Vec::with_capacity(parts.len());
-        for part in parts {
-            let range = self.disk.block_size.bytes_of(part, size);
-            let piece = slice(range);
-            if result.is_ok() {
-                result = match &piece {
-                    Some(piece) => self.disk.write(range.start, piece),
-                    None => self.disk.write_zeroes(range, false),
-                };
-                if result.is_ok() {
-                    self.disk.map.set_present(part);
-                    if piece.is_none() {
-                        self.counters.skipped_bytes.fetch_add(range.len(), Ordering::Relaxed);
-                    }
-                }
-            }
-            pieces.extend(piece.map(|piece| (part, piece)));
-        }
-        self.counters.pulled_bytes.fetch_add(bytes.as_ref().map_or(0, |b| b.len() as u64), Ordering::Relaxed);
-        let mut state = self.lock();
-        let landed = state.queue.landed(flight.id);
-        for ticket in &landed.joined {
-            if let Some(waiter) = state.waiters.get_mut(ticket) {
-                pieces.iter().for_each(|(blocks, bytes)| waiter.brought.push(*blocks, bytes.clone()));
-            }
-        }
-        self.finish(&mut state, landed.finished);
-        let now = self.now();
-        if flight.class == Class::Background && flight.cargo == Cargo::Bytes {
-            state.window.answered(now, took, whole.len());
-        }
-        self.note_landing(&mut state, flight, result, now);
-        let demand_rests = state.queue.in_flight(Class::Demand) == 0;
-        drop(state);
-        self.note_present();
-        // Of a landing in the background the lane itself knows; the others may have been waiting for room too.
-        if (demand_rests || flight.class == Class::Background) && self.held_back.swap(false, Ordering::AcqRel) {
-            self.wake_background();
-        }
-    }
-
     /// The upstream answered an error: again after a pause.
     pub(crate) fn refused(&self, id: FlightId) {
         self.lock().queue.failed(id, self.now());
@@ -397,29 +346,7 @@ impl Fetcher {
         self.wake_background();
     }
 
-    fn note_landing(&self, state: &mut State, flight: &Outgoing, result: io::Result<()>, now: Duration) {
-        match result {
-            Err(error) => {
-                if state.paused.is_none() {
-                    tracing::warn!(
-                        "the background pull pauses, the store takes no bytes: {error}; make room, it goes on by itself"
-                    );
-                }
-                state.paused = Some((now + NO_SPACE_PAUSE, error));
-                self.set_pull_state(PullState::PausedNoSpace);
-            }
-            // A demand fetch shows that there is room only after the pause: until then blocks may fit by chance.
-            Ok(())
-                if state.paused.take_if(|(until, _)| flight.class == Class::Background || now >= *until).is_some() =>
-            {
-                tracing::info!("the store takes bytes again, the background pull goes on");
-                self.set_pull_state(if self.background() { PullState::Pulling } else { PullState::Off });
-            }
-            Ok(()) => {}
-        }
-    }
-
-    fn set_pull_state(&self, new: PullState) {
+    pub(super) fn set_pull_state(&self, new: PullState) {
         self.pull_state.send_if_modified(|state| *state != PullState::Complete && std::mem::replace(state, new) != new);
     }
 
@@ -429,7 +356,7 @@ impl Fetcher {
         Waiting { fetcher: self.clone(), ticket, receiver }
     }
 
-    fn finish(&self, state: &mut State, tickets: Vec<Ticket>) {
+    pub(super) fn finish(&self, state: &mut State, tickets: Vec<Ticket>) {
         for ticket in tickets {
             if let Some(waiter) = state.waiters.remove(&ticket) {
                 // The other side may have gone: then nobody minds.
@@ -438,7 +365,7 @@ impl Fetcher {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -16,8 +16,9 @@ use tokio::time::{sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use super::fetcher::{Fetcher, Next};
+use super::landing::{Landing, Runway};
 use super::links::{Link, Links};
-use super::queue::{Cargo, Carrier, Outgoing};
+use super::queue::{Cargo, Carrier, Class, Outgoing};
 use crate::limits::{REPLY_LOOK, REPLY_TIMEOUT, RETRY_MAX, RETRY_MIN};
 use crate::upstream::{Connection, LinkState, ReadError};
 
@@ -202,26 +203,45 @@ impl Carriage {
         }
         let bytes = self.bytes_of(&flight);
         let carriage = self.clone();
-        let done = move |result| carriage.answered(&flight, sent, result);
+        if flight.class == Class::Background {
+            let runway = Runway::new(self.fetcher.clone(), flight, self.carrier);
+            let sink = Box::new(Landing(runway.clone()));
+            let done = move |result: Result<(), ReadError>| {
+                carriage.answered(&flight, sent, result, |fetcher, (), took| {
+                    fetcher.land_streamed(&flight, &runway, took);
+                });
+            };
+            return self.connection.read_to(bytes.start, bytes.len() as u32, sink, Box::new(done));
+        }
+        let expected = bytes.len();
+        let done = move |result: Result<Bytes, ReadError>| {
+            let result = result.and_then(|bytes| match bytes.len() as u64 == expected {
+                true => Ok(bytes),
+                false => Err(ReadError::Lost(format!("a reply of {} bytes is not what was asked", bytes.len()))),
+            });
+            carriage.answered(&flight, sent, result, |fetcher, bytes, took| fetcher.land(&flight, Some(bytes), took));
+        };
         self.connection.read(bytes.start, bytes.len() as u32, Box::new(done));
     }
 
     /// On the connection's task.
-    fn answered(self: &Arc<Self>, flight: &Outgoing, sent: Duration, result: Result<Bytes, ReadError>) {
+    fn answered<T>(
+        self: &Arc<Self>,
+        flight: &Outgoing,
+        sent: Duration,
+        result: Result<T, ReadError>,
+        land: impl FnOnce(&Fetcher, T, Duration),
+    ) {
         if self.over.load(Ordering::SeqCst) {
             return;
         }
         self.flying.fetch_sub(1, Ordering::Relaxed);
         match result {
-            Ok(bytes) if bytes.len() as u64 == self.bytes_of(flight).len() => {
+            Ok(landing) => {
                 let now = self.fetcher.now();
                 self.made_progress(now);
                 self.useful.store(true, Ordering::Relaxed);
-                self.fetcher.land(flight, Some(bytes), now.saturating_sub(sent));
-            }
-            Ok(bytes) => {
-                self.useful.store(false, Ordering::Relaxed);
-                return self.break_off(format!("a reply of {} bytes is not what was asked", bytes.len()));
+                land(&self.fetcher, landing, now.saturating_sub(sent));
             }
             Err(ReadError::Refused(why)) => {
                 self.made_progress(self.fetcher.now());
@@ -232,7 +252,11 @@ impl Carriage {
         }
         match self.lane {
             LaneKind::Demand => self.send_demand(),
-            LaneKind::Background(_) => self.fetcher.wake(self.lane).notify_one(),
+            // A step of zeroes may be long, and a time to wait for is the lane's to watch.
+            LaneKind::Background(_) => match self.pump() {
+                Pumped::Until(None) => {}
+                Pumped::Yield | Pumped::Until(Some(_)) => self.fetcher.wake(self.lane).notify_one(),
+            },
         }
     }
 

@@ -6,6 +6,7 @@
 
 mod assemble;
 mod fetcher;
+mod landing;
 pub(crate) mod lane;
 pub(crate) mod links;
 pub mod queue;

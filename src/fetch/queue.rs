@@ -6,9 +6,14 @@
 //!
 //! ```text
 //! request ─> Waiting ──poll──> Sent ──arrived──> Landing ──landed──> gone, tickets finish
-//!               ^                │ failed (after a pause), connection lost (at once)
-//!               └────────────────┘
+//!               ^              │ ^ └─piece──> Writing
+//!               │              │ └──put_down───┘ │
+//!               └──────────────┴─────────────────┘
+//!       failed (after a pause), connection lost (at once)
 //! ```
+//! While a flight is Writing or Landing nobody can claim its blocks: who wants to waits for the end of it, which takes no
+//! longer than a write to the store.
+//!
 //! The caller holds a lock around it and calculates what is missing **under that lock**; present bits are set before
 //! [`FetchQueue::landed`] and [`FetchQueue::release`] are called. Time is an argument: the time since some start.
 
@@ -88,8 +93,15 @@ pub struct Landed {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Waiting { not_before: Duration },
+    Waiting {
+        not_before: Duration,
+    },
     Sent(Carrier),
+    /// A piece of it is being written to the store; `orphaned`: its connection was lost meanwhile.
+    Writing {
+        carrier: Carrier,
+        orphaned: bool,
+    },
     Landing,
 }
 
@@ -104,6 +116,8 @@ struct Flight {
     /// Those of them that somebody wants, because the write has failed: they count again when the flight is sent anew.
     again: Vec<BlockRange>,
     tickets: Vec<Ticket>,
+    /// Writers who wait for the end of a write to the store.
+    writers: Vec<Ticket>,
     attempts: u32,
 }
 
@@ -204,11 +218,32 @@ impl FetchQueue {
         subtract(flight.range, &flight.lost)
     }
 
+    /// Bytes of a flight are here before the rest, by this carrier. Answers the blocks that may be written to the store
+    /// but not marked present, until [`FetchQueue::put_down`]; `None` where nothing may.
+    pub fn piece(&mut self, id: FlightId, carrier: Carrier) -> Option<Vec<BlockRange>> {
+        let flight = self.flights.get_mut(&id).filter(|flight| flight.state == State::Sent(carrier))?;
+        flight.state = State::Writing { carrier, orphaned: false };
+        Some(subtract(flight.range, &flight.lost))
+    }
+
+    /// The piece is written, or not. Answers who has nothing left to wait for.
+    pub fn put_down(&mut self, id: FlightId) -> Vec<Ticket> {
+        let Some(flight) = self.flights.get_mut(&id) else { return Vec::new() };
+        let State::Writing { carrier, orphaned } = flight.state else { return Vec::new() };
+        flight.state = State::Sent(carrier);
+        let writers = std::mem::take(&mut flight.writers);
+        if orphaned {
+            self.send_again(vec![id]);
+        }
+        writers.into_iter().filter(|ticket| self.settle(*ticket)).collect()
+    }
+
     /// The landing is over, well or not: the flight is gone.
     pub fn landed(&mut self, id: FlightId) -> Landed {
         let Some(flight) = self.remove(id) else { return Landed::default() };
         let joined: Vec<Ticket> = flight.tickets.into_iter().filter(|t| self.tickets.contains_key(t)).collect();
-        let finished = joined.iter().copied().filter(|ticket| self.settle(*ticket)).collect();
+        let settled = joined.iter().chain(&flight.writers).copied();
+        let finished = settled.filter(|ticket| self.settle(*ticket)).collect();
         Landed { joined, finished }
     }
 
@@ -232,14 +267,23 @@ impl FetchQueue {
     pub fn lost(&mut self, carrier: Carrier) {
         let mut ids: Vec<(BlockIndex, FlightId)> = Vec::new();
         for (id, flight) in &mut self.flights {
-            if flight.state == State::Sent(carrier) {
-                flight.state = State::Waiting { not_before: Duration::ZERO };
-                self.in_flight[flight.class as usize] -= flight.range.len();
-                ids.push((flight.range.start, *id));
+            match &mut flight.state {
+                State::Sent(by) if *by == carrier => ids.push((flight.range.start, *id)),
+                State::Writing { carrier: by, orphaned } if *by == carrier => *orphaned = true,
+                _ => {}
             }
         }
         ids.sort_by(|a, b| b.cmp(a));
-        for (_, id) in ids {
+        self.send_again(ids.into_iter().map(|(_, id)| id).collect());
+    }
+
+    /// Flights that were sent go before anything else of their class; the last of these is the first.
+    fn send_again(&mut self, ids: Vec<FlightId>) {
+        for id in ids {
+            if let Some(flight) = self.flights.get_mut(&id) {
+                flight.state = State::Waiting { not_before: Duration::ZERO };
+                self.in_flight[flight.class as usize] -= flight.range.len();
+            }
             if self.is_worth_sending(id) {
                 let class = self.flights[&id].class;
                 self.ready[class as usize].push_front(id);
@@ -269,12 +313,15 @@ impl FetchQueue {
     /// A local write is about to change blocks of which some are missing.
     pub fn claim(&mut self, range: BlockRange) -> Claimed {
         let over = self.overlapping(range);
-        let landing: Vec<FlightId> =
-            over.iter().copied().filter(|id| self.flights[id].state == State::Landing).collect();
-        if !landing.is_empty() {
+        let written = |id: &FlightId| matches!(self.flights[id].state, State::Writing { .. } | State::Landing);
+        let writing: Vec<FlightId> = over.iter().copied().filter(written).collect();
+        if !writing.is_empty() {
             let ticket = self.new_ticket(vec![range], Class::Demand);
-            for id in landing {
-                self.attach(id, ticket);
+            for id in writing {
+                if let (Some(flight), Some(waiter)) = (self.flights.get_mut(&id), self.tickets.get_mut(&ticket)) {
+                    flight.writers.push(ticket);
+                    waiter.open += 1;
+                }
             }
             return Claimed::Wait(ticket);
         }
@@ -317,6 +364,7 @@ impl FetchQueue {
         for id in over {
             let Some(flight) = self.flights.get_mut(&id) else { continue };
             flight.tickets.retain(|joined| *joined != ticket);
+            flight.writers.retain(|writer| *writer != ticket);
             let idle = flight.tickets.is_empty() && flight.class != Class::Background;
             if idle && matches!(flight.state, State::Waiting { .. }) {
                 self.remove(id);
@@ -387,6 +435,7 @@ impl FetchQueue {
                 lost: Vec::new(),
                 again: Vec::new(),
                 tickets: Vec::new(),
+                writers: Vec::new(),
                 attempts: 0,
             });
             if let Some(ticket) = ticket {
@@ -429,6 +478,7 @@ impl FetchQueue {
                 lost,
                 again: Vec::new(),
                 tickets: Vec::new(),
+                writers: Vec::new(),
                 attempts: 0,
             });
             tickets.into_iter().for_each(|joined| self.attach(part, joined));
@@ -507,7 +557,7 @@ impl FetchQueue {
             State::Waiting { not_before } => {
                 self.pausing.remove(&(not_before, id));
             }
-            State::Sent(_) => self.in_flight[flight.class as usize] -= flight.range.len(),
+            State::Sent(_) | State::Writing { .. } => self.in_flight[flight.class as usize] -= flight.range.len(),
             State::Landing => {}
         }
         Some(flight)

@@ -223,6 +223,24 @@ fn what_a_lost_connection_carried_goes_over_the_next_one_in_order() {
 }
 
 #[test]
+fn a_writer_waits_for_a_piece_and_not_for_the_flight() {
+    let mut queue = FetchQueue::new(256);
+    queue.background(&[run(0, 8)], Cargo::Bytes);
+    let flight = poll_all(&mut queue, Class::Background)[0];
+    assert_eq!(queue.piece(flight.id, LINE), Some(vec![run(0, 8)]));
+    let Claimed::Wait(writer) = queue.claim(run(2, 4)) else { panic!("a piece is being written") };
+    assert_eq!(queue.put_down(flight.id), vec![writer]);
+    let claim = claim(&mut queue, run(2, 4));
+    assert_eq!(queue.piece(flight.id, LINE), Some(vec![run(0, 2), run(4, 8)]), "the write wins");
+    queue.lost(LINE);
+    assert!(poll_all(&mut queue, Class::Background).is_empty(), "its blocks may be half written just now");
+    assert!(queue.put_down(flight.id).is_empty());
+    assert_eq!(queue.in_flight(Class::Background), 0);
+    assert_eq!(poll_all(&mut queue, Class::Background)[0].id, flight.id, "it goes over the next connection");
+    assert!(queue.release(claim).is_empty());
+}
+
+#[test]
 fn a_request_that_nobody_waits_for_any_more_is_not_sent() {
     let mut queue = FetchQueue::new(256);
     let gone = queue.request(&[run(0, 4)], Class::Demand).unwrap();
@@ -243,6 +261,8 @@ enum Op {
     Request(u64, u64, bool),
     Background(u64, u64),
     Poll(bool),
+    Piece(usize),
+    PutDown(usize),
     Arrive(usize),
     Land(usize),
     Fail(usize),
@@ -259,6 +279,8 @@ fn op() -> impl Strategy<Value = Op> {
         4 => (range(), any::<bool>()).prop_map(|((a, b), demand)| Op::Request(a, b, demand)),
         2 => range().prop_map(|(a, b)| Op::Background(a, b)),
         5 => any::<bool>().prop_map(Op::Poll),
+        3 => any::<usize>().prop_map(Op::Piece),
+        3 => any::<usize>().prop_map(Op::PutDown),
         4 => any::<usize>().prop_map(Op::Arrive),
         4 => any::<usize>().prop_map(Op::Land),
         1 => any::<usize>().prop_map(Op::Fail),
@@ -277,6 +299,8 @@ struct Model {
     now: Duration,
     asked: HashSet<u64>,
     sent: Vec<Outgoing>,
+    /// Of which a piece is being written; whether its connection is lost.
+    writing: Vec<(Outgoing, bool)>,
     landing: Vec<(Outgoing, Vec<BlockRange>)>,
     claims: Vec<(ClaimId, BlockRange)>,
     /// Per flight in the air: blocks that were claimed since it was sent.
@@ -297,7 +321,8 @@ impl Model {
 
     fn poll(&mut self, lane: Class) -> bool {
         let Some(flight) = self.queue.poll(lane, LINE, self.now) else { return false };
-        let others = self.sent.iter().chain(self.landing.iter().map(|(flight, _)| flight));
+        let written = self.writing.iter().map(|(flight, _)| flight);
+        let others = self.sent.iter().chain(self.landing.iter().map(|(flight, _)| flight)).chain(written);
         assert!(others.into_iter().all(|other| !intersects(other.range, flight.range)), "a block in two flights");
         assert!(flight.range.iter().all(|block| self.asked.contains(&block.0)), "nobody asked for it");
         assert!(lane != Class::Background || flight.class == Class::Background);
@@ -306,15 +331,42 @@ impl Model {
         true
     }
 
+    fn piece(&mut self, at: usize) {
+        let flight = self.sent.swap_remove(at);
+        assert_eq!(self.queue.piece(flight.id, Carrier(LINE.0 + 1)), None, "by a connection that does not carry it");
+        let parts = self.queue.piece(flight.id, LINE).expect("it is sent");
+        self.check_parts(&flight, &parts);
+        self.writing.push((flight, false));
+    }
+
+    fn put_down(&mut self, at: usize) {
+        let (flight, orphaned) = self.writing.swap_remove(at);
+        let finished = self.queue.put_down(flight.id);
+        self.finish(finished);
+        if !orphaned {
+            self.sent.push(flight);
+        }
+    }
+
     fn arrive(&mut self, at: usize) {
         let flight = self.sent.swap_remove(at);
         let parts = self.queue.arrived(flight.id);
+        self.check_parts(&flight, &parts);
+        self.landing.push((flight, parts));
+    }
+
+    /// What may be written of a flight.
+    fn check_parts(&self, flight: &Outgoing, parts: &[BlockRange]) {
         for block in parts.iter().flat_map(|part| part.iter()) {
             assert!(!self.taken[&flight.id].contains(&block.0), "write wins");
             assert!(self.claims.iter().all(|(_, claimed)| !claimed.contains(block)), "claimed right now");
             assert!(!self.map.is_present(run(block.0, block.0 + 1)), "it is here already");
         }
-        self.landing.push((flight, parts));
+    }
+
+    fn is_written(&self, range: BlockRange) -> bool {
+        let landing = self.landing.iter().map(|(flight, _)| flight.range);
+        landing.chain(self.writing.iter().map(|(flight, _)| flight.range)).any(|written| intersects(written, range))
     }
 
     fn land(&mut self, at: usize) {
@@ -354,6 +406,16 @@ impl Model {
             Op::Poll(demand) => {
                 self.poll(if demand { Class::Demand } else { Class::Background });
             }
+            Op::Piece(at) => {
+                if let Some(at) = pick(at, self.sent.len()) {
+                    self.piece(at);
+                }
+            }
+            Op::PutDown(at) => {
+                if let Some(at) = pick(at, self.writing.len()) {
+                    self.put_down(at);
+                }
+            }
             Op::Arrive(at) => {
                 if let Some(at) = pick(at, self.sent.len()) {
                     self.arrive(at);
@@ -372,11 +434,12 @@ impl Model {
             }
             Op::Lose => {
                 self.sent.clear();
+                self.writing.iter_mut().for_each(|(_, orphaned)| *orphaned = true);
                 self.queue.lost(LINE);
             }
             Op::Claim(a, b) => match self.queue.claim(run(a, b)) {
                 Claimed::Granted(id, finished) => {
-                    assert!(self.landing.iter().all(|(flight, _)| !intersects(flight.range, run(a, b))));
+                    assert!(!self.is_written(run(a, b)), "it is being written");
                     self.finish(finished);
                     self.claims.push((id, run(a, b)));
                     for taken in self.taken.values_mut() {
@@ -384,7 +447,7 @@ impl Model {
                     }
                 }
                 Claimed::Wait(ticket) => {
-                    assert!(self.landing.iter().any(|(flight, _)| intersects(flight.range, run(a, b))));
+                    assert!(self.is_written(run(a, b)));
                     self.open.insert(ticket);
                 }
             },
@@ -403,7 +466,8 @@ impl Model {
             }
             Op::Later(ms) => self.now += Duration::from_millis(ms),
         }
-        let flying: u64 = self.sent.iter().map(|flight| flight.range.len()).sum();
+        let air = self.sent.iter().chain(self.writing.iter().map(|(flight, _)| flight));
+        let flying: u64 = air.map(|flight| flight.range.len()).sum();
         let classes = [Class::Background, Class::ReadAhead, Class::Demand];
         assert_eq!(classes.iter().map(|class| self.queue.in_flight(*class)).sum::<u64>(), flying);
     }
@@ -422,6 +486,7 @@ proptest! {
             now: NOW,
             asked: HashSet::new(),
             sent: Vec::new(),
+            writing: Vec::new(),
             landing: Vec::new(),
             claims: Vec::new(),
             taken: HashMap::new(),
@@ -430,6 +495,9 @@ proptest! {
         ops.into_iter().for_each(|op| model.apply(op));
         while !model.claims.is_empty() {
             model.release(0, true);
+        }
+        while !model.writing.is_empty() {
+            model.put_down(0);
         }
         model.now += RETRY_MAX;
         loop {
@@ -471,6 +539,9 @@ enum Writer {
 
 enum Lander {
     Idle,
+    /// A flight that comes in pieces of one block: those before this one are written.
+    Between(Outgoing, u64),
+    Piece(Outgoing, u64, bool),
     Arrived(Outgoing, Vec<BlockRange>),
     Stored(Outgoing, Vec<BlockRange>),
 }
@@ -503,8 +574,28 @@ fn race(seed: u64, heed: bool) -> (Vec<u8>, Vec<u8>) {
                     Lander::Idle if sent.is_empty() => Lander::Idle,
                     Lander::Idle => {
                         let flight = sent.swap_remove(dice.roll(sent.len() as u64) as usize);
+                        if dice.roll(2) == 0 {
+                            landers[which] = Lander::Between(flight, flight.range.start.0);
+                            continue;
+                        }
                         let parts = queue.arrived(flight.id);
                         Lander::Arrived(flight, if heed { parts } else { vec![flight.range] })
+                    }
+                    Lander::Between(flight, at) if at == flight.range.end.0 => {
+                        let parts = queue.arrived(flight.id);
+                        Lander::Stored(flight, if heed { parts } else { vec![flight.range] })
+                    }
+                    Lander::Between(flight, at) => {
+                        let parts = queue.piece(flight.id, LINE).unwrap_or_default();
+                        let allowed = parts.iter().any(|part| part.contains(BlockIndex(at)));
+                        Lander::Piece(flight, at, allowed || !heed)
+                    }
+                    Lander::Piece(flight, at, allowed) => {
+                        if allowed {
+                            store.write_at(at * BLOCK, &[SOURCE; BLOCK as usize]).unwrap();
+                        }
+                        queue.put_down(flight.id);
+                        Lander::Between(flight, at + 1)
                     }
                     Lander::Arrived(flight, parts) => {
                         for part in &parts {

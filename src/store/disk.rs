@@ -61,6 +61,18 @@ impl Disk {
         result
     }
 
+    /// See [`Store::takes_pages`].
+    pub fn takes_pages(&self) -> bool {
+        self.store.takes_pages()
+    }
+
+    /// See [`Store::write_pages`].
+    pub fn write_pages(&self, range: ByteRange, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        let result = self.store.write_pages(range, pipe);
+        self.holes.written(range);
+        result
+    }
+
     /// See [`Store::write_zeroes`].
     pub fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
         self.zeroing(range, no_hole, || self.store.write_zeroes(range, no_hole).map(|()| true)).map(drop)

@@ -24,6 +24,8 @@ pub struct FileStore {
     sync_failed: AtomicBool,
     /// Its file system has no pages to give.
     splices_not: AtomicBool,
+    /// It takes none.
+    takes_none: AtomicBool,
 }
 
 impl FileStore {
@@ -35,7 +37,7 @@ impl FileStore {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is neither a file nor a block device"));
         }
         let size = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file, size, sync_failed: AtomicBool::new(false), splices_not: AtomicBool::new(false) })
+        Ok(Self::of(file, size))
     }
 
     /// Opens the store of a lazily filled export: a file is made, or lengthened, to exactly `size`; a block device must
@@ -58,7 +60,12 @@ impl FileStore {
             file.sync_all()?;
             crate::files::sync_parent(path)?;
         }
-        Ok(Self { file, size, sync_failed: AtomicBool::new(false), splices_not: AtomicBool::new(false) })
+        Ok(Self::of(file, size))
+    }
+
+    fn of(file: File, size: u64) -> Self {
+        let no = || AtomicBool::new(false);
+        Self { file, size, sync_failed: no(), splices_not: no(), takes_none: no() }
     }
 
     fn fallocate(&self, range: ByteRange, flags: FallocateFlags) -> Result<(), Errno> {
@@ -69,6 +76,26 @@ impl FileStore {
                 result => return result,
             }
         }
+    }
+
+    fn copy_from(&self, pipe: BorrowedFd<'_>, range: ByteRange) -> io::Result<()> {
+        let mut buffer = vec![0; (range.len() as usize).min(ZEROES.len())];
+        let mut at = range.start;
+        while at < range.end {
+            let most = buffer.len().min((range.end - at) as usize);
+            let count = match nix::unistd::read(pipe, &mut buffer[..most]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => count,
+                Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            };
+            if let Err(error) = self.file.write_all_at(&buffer[..count], at) {
+                super::throw_away(pipe, range.end - at - count as u64)?;
+                return Err(error);
+            }
+            at += count as u64;
+        }
+        Ok(())
     }
 
     fn zero_by_writing(&self, range: ByteRange) -> io::Result<()> {
@@ -118,6 +145,33 @@ impl Store for FileStore {
             }
         }
         Ok(true)
+    }
+
+    fn takes_pages(&self) -> bool {
+        !self.takes_none.load(Ordering::Relaxed)
+    }
+
+    fn write_pages(&self, range: ByteRange, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        let mut at = range.start as nix::libc::loff_t;
+        loop {
+            let left = (range.end - at as u64) as usize;
+            if left == 0 {
+                return Ok(());
+            }
+            match splice(pipe, None, &self.file, Some(&mut at), left, SpliceFFlags::SPLICE_F_MOVE) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::EINTR) => {}
+                // Not every file system can.
+                Err(Errno::EINVAL | Errno::EOPNOTSUPP) => {
+                    self.takes_none.store(true, Ordering::Relaxed);
+                    return self.copy_from(pipe, ByteRange::new(at as u64, range.end));
+                }
+                Err(errno) => {
+                    super::throw_away(pipe, left as u64)?;
+                    return Err(errno.into());
+                }
+            }
+        }
     }
 
     fn is_rotational(&self) -> bool {

@@ -33,6 +33,22 @@ use crate::units::{ByteRange, ImageMark};
 #[must_use = "the proof is what lets the block map be persisted"]
 pub struct Durable(());
 
+/// Takes bytes out of a pipe that holds them.
+pub(crate) fn throw_away(pipe: BorrowedFd<'_>, length: u64) -> io::Result<()> {
+    let mut scratch = [0; 16 << 10];
+    let mut left = length as usize;
+    while left > 0 {
+        let most = left.min(scratch.len());
+        match nix::unistd::read(pipe, &mut scratch[..most]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => left -= count,
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
 /// A disk's bytes. Calls come from many threads at once; a range is within the size (callers have checked it).
 pub trait Store: Send + Sync + 'static {
     /// Size in bytes.
@@ -45,6 +61,17 @@ pub trait Store: Send + Sync + 'static {
     /// store has none, and nothing is in the pipe.
     fn splice_at(&self, _offset: u64, _length: usize, _pipe: BorrowedFd<'_>) -> io::Result<bool> {
         Ok(false)
+    }
+
+    /// Whether [`Store::write_pages`] may be called.
+    fn takes_pages(&self) -> bool {
+        false
+    }
+
+    /// Writes the next bytes that are in a pipe to a range. However it ends, they are no longer in the pipe.
+    fn write_pages(&self, range: ByteRange, pipe: BorrowedFd<'_>) -> io::Result<()> {
+        throw_away(pipe, range.len())?;
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     /// Writes all of `data` at `offset`.

@@ -12,19 +12,17 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+/// A byte stream to a server.
+pub use nbd::Transport as Stream;
+use nbd::client::Sink;
 use nbd::export::Extent;
 use nbd::tls::TlsClient;
-use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use nbd_link::NbdConnect;
 pub(crate) use status::LinkReport;
 pub use status::{LinkState, UpstreamStatus};
 
 use crate::limits::CONNECT_TIMEOUT;
-
-/// A byte stream to a server.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
 /// Opens byte streams to the NBD server: at an NBD URI, or over the peer link, whose dialer sends its own
 /// preamble before it hands the stream over.
@@ -46,6 +44,9 @@ pub trait Connect: Send + Sync + 'static {
 /// What is called with the bytes of a read, or with why there are none.
 pub type ReadDone = Box<dyn FnOnce(Result<Bytes, ReadError>) + Send>;
 
+/// What is called when the content of a read is in its sink, or with why not.
+pub type StreamDone = Box<dyn FnOnce(Result<(), ReadError>) + Send>;
+
 /// One connection to the upstream, with many requests in flight. When it dies all its requests fail.
 pub trait Connection: Send + Sync + 'static {
     /// The size of the upstream's disk in bytes.
@@ -55,6 +56,23 @@ pub trait Connection: Send + Sync + 'static {
     /// Reads exactly `length` bytes. Does not wait; `done` is called on the connection's own task, which it must not hold
     /// up. It may never be called when the connection has ended.
     fn read(&self, offset: u64, length: u32, done: ReadDone);
+    /// The same into a sink, piece by piece as they come.
+    fn read_to(&self, offset: u64, length: u32, sink: Box<dyn Sink>, done: StreamDone) {
+        self.read_whole_to(offset, length, sink, done);
+    }
+    /// The same at the end, all at once.
+    fn read_whole_to(&self, offset: u64, length: u32, mut sink: Box<dyn Sink>, done: StreamDone) {
+        let give = move |result: Result<Bytes, ReadError>| {
+            done(result.and_then(|bytes| {
+                if bytes.len() != length as usize {
+                    return Err(ReadError::Lost(format!("a reply of {} bytes is not what was asked", bytes.len())));
+                }
+                sink.bytes(offset, &bytes);
+                Ok(())
+            }));
+        };
+        self.read(offset, length, Box::new(give));
+    }
     /// The extents of a context from `offset` on; they may cover less than was asked, not nothing.
     fn block_status(
         &self,

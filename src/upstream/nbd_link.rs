@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use futures::future::BoxFuture;
 use nbd::address::Address;
-use nbd::client::{Client, ClientError, ConnectOptions};
+use nbd::client::{Client, ClientError, ConnectOptions, Sink};
 use nbd::export::Extent;
 use nbd::tls::{ClientTls, TlsClient};
 use nbd::uri::NbdUri;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::{Connect, Connection, Dialer, ReadDone, ReadError, Stream, UpstreamError};
+use super::{Connect, Connection, Dialer, ReadDone, ReadError, Stream, StreamDone, UpstreamError};
 use crate::limits::CONNECT_TIMEOUT;
 use crate::pull::CONTEXTS;
 
@@ -109,6 +109,14 @@ impl Connection for NbdConnection {
 
     fn read(&self, offset: u64, length: u32, done: ReadDone) {
         self.client.read_then(offset, length as usize, |result| done(result.map_err(read_error)));
+    }
+
+    fn read_to(&self, offset: u64, length: u32, sink: Box<dyn Sink>, done: StreamDone) {
+        if length > self.client.info().longest_request() {
+            // A server of small requests: in pieces, put together.
+            return self.read_whole_to(offset, length, sink, done);
+        }
+        self.client.read_to(offset, length, sink, |result| done(result.map_err(read_error)));
     }
 
     fn block_status(

@@ -13,6 +13,7 @@ use super::{ClientError, Reconnect};
 use crate::address::Address;
 use crate::limits::HANDSHAKE_TIME;
 use crate::proto::client::{Goal, Negotiated, Negotiation, Outcome, Plan};
+use crate::server::splice::Transport;
 use crate::socket::{tune_tcp, tune_unix};
 use crate::tls::{ClientTls, MaybeTls, TlsClient, TlsError};
 use crate::uri::NbdUri;
@@ -87,15 +88,11 @@ impl ConnectOptions {
     }
 }
 
-/// A connection's stream.
-pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
-
 /// Connects to an address, with the socket options that NBD wants.
-pub(super) async fn connect(address: &Address, time: Duration) -> Result<Box<dyn Stream>, ClientError> {
+pub(super) async fn connect(address: &Address, time: Duration) -> Result<Box<dyn Transport>, ClientError> {
     let failed = |source| ClientError::Connect { address: address.clone(), source: Arc::new(source) };
     let connecting = async {
-        let stream: Box<dyn Stream> = match address {
+        let stream: Box<dyn Transport> = match address {
             Address::Unix(path) => {
                 let stream = UnixStream::connect(path).await?;
                 tune_unix(&stream);

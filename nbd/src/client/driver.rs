@@ -11,8 +11,8 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
-use bytes::BytesMut;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use bytes::{BufMut, BytesMut};
+use tokio::io::AsyncWriteExt;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep, timeout};
 use tokio_util::io::poll_read_buf;
@@ -20,11 +20,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::ClientError;
 use super::reconnect::{Lost, Redial};
+use super::sink::{Pages, Sink, receive_limit, take_from};
 use crate::limits::{
     CLIENT_CLOSE_TIME, CLIENT_OUTPUT_HIGH_WATER, CLIENT_QUEUE, CLIENT_REQUESTS_IN_FLIGHT, KEPT_BUFFER, RECEIVE_SPACE,
 };
 use crate::output::Output;
 use crate::proto::client::{Completion, Negotiated, Operation, ProtocolError, Refusal, Reply, Session};
+use crate::server::splice::Transport;
 
 /// How a request ended: answered, or the connection died before.
 pub(super) type Ending = Result<Result<Reply, Refusal>, ClientError>;
@@ -52,6 +54,8 @@ pub(super) enum Waiter {
     Future(oneshot::Sender<Ending>),
     /// Nobody: this is called, on the connection's task.
     Call(Box<dyn FnOnce(Ending) + Send>),
+    /// The same, and the content goes to the sink.
+    Stream(Box<dyn Sink>, Box<dyn FnOnce(Ending) + Send>),
 }
 
 impl Waiter {
@@ -59,7 +63,14 @@ impl Waiter {
         match self {
             // A caller that went away needs no reply.
             Waiter::Future(sender) => drop(sender.send(ending)),
-            Waiter::Call(call) => call(ending),
+            Waiter::Call(call) | Waiter::Stream(_, call) => call(ending),
+        }
+    }
+
+    pub(super) fn sink(&mut self) -> Option<&mut (dyn Sink + 'static)> {
+        match self {
+            Waiter::Stream(sink, _) => Some(sink.as_mut()),
+            Waiter::Future(_) | Waiter::Call(_) => None,
         }
     }
 
@@ -141,13 +152,14 @@ pub(super) struct Driver<S> {
     session: Session<Waiter>,
     input: BytesMut,
     output: Output,
+    pages: Pages,
     messages: mpsc::Receiver<Message>,
     batch: Vec<Message>,
     closing: Closing,
     redial: Option<Redial<S>>,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
+impl<S: Transport> Driver<S> {
     pub(super) fn new(
         stream: S,
         session: Session<Waiter>,
@@ -161,6 +173,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
             session,
             input: BytesMut::new(),
             output: Output::default(),
+            pages: Pages::default(),
             messages,
             batch: Vec::new(),
             closing: Closing::No,
@@ -291,21 +304,41 @@ impl<S: AsyncRead + AsyncWrite + Unpin + Send> Driver<S> {
 
     /// Receives once and completes what has come. `true` when something was received.
     fn receive(&mut self, cx: &mut Context<'_>) -> Result<bool, Stop> {
+        if self.input.is_empty() && self.session.has_streams() {
+            match self.pages.poll_move(&self.stream, &mut self.session, cx)? {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(Some(0)) => return Err(Stop::ByServer),
+                Poll::Ready(Some(_)) => return self.take_in().map(|()| true),
+                Poll::Ready(None) => {}
+            }
+        }
         if self.input.is_empty() && self.input.capacity() > KEPT_BUFFER {
             self.input = BytesMut::new();
         }
-        let missing = self.session.wanted().saturating_sub(self.input.len());
-        if self.input.capacity() - self.input.len() < missing.max(RECEIVE_SPACE / 4) {
-            self.input.reserve(missing.max(RECEIVE_SPACE));
+        let pages = self.pages.possible(&self.stream);
+        let limit = receive_limit(&mut self.session, self.input.len(), pages);
+        let missing = self.session.wanted().saturating_sub(self.input.len()).min(limit);
+        let space = limit.clamp(missing, RECEIVE_SPACE.max(missing));
+        if self.input.capacity() - self.input.len() < missing.max(space / 4) {
+            self.input.reserve(missing.max(space));
         }
-        match poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input)? {
+        match poll_read_buf(Pin::new(&mut self.stream), cx, &mut (&mut self.input).limit(limit))? {
             Poll::Pending => return Ok(false),
             Poll::Ready(0) => return Err(Stop::ByServer),
             Poll::Ready(_) => {}
         }
-        while let Some(Completion { token, result }) = self.session.receive(&mut self.input)? {
-            token.tell(Ok(result));
+        self.take_in().map(|()| true)
+    }
+
+    /// Completes what has come.
+    fn take_in(&mut self) -> Result<(), Stop> {
+        loop {
+            while let Some(Completion { token, result }) = self.session.receive(&mut self.input)? {
+                token.tell(Ok(result));
+            }
+            if self.session.payload().is_none() || take_from(&mut self.session, &mut self.input) {
+                return Ok(());
+            }
         }
-        Ok(true)
     }
 }

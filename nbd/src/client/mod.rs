@@ -8,12 +8,12 @@ mod connect;
 mod driver;
 mod error;
 mod reconnect;
+mod sink;
 
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use futures::{StreamExt, TryStreamExt, stream};
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot};
 
@@ -22,6 +22,7 @@ use self::reconnect::{Dial, Redial};
 use crate::export::{Extent, ZeroMode};
 use crate::limits::{CLIENT_LONGEST_PIECE, CLIENT_PIECES_IN_FLIGHT, CLIENT_QUEUE, MAX_PAYLOAD};
 use crate::proto::client::{Operation, Refusal, Reply, Session};
+use crate::server::splice::Transport;
 use crate::tls::MaybeTls;
 use crate::uri::NbdUri;
 use crate::wire::{Command, Framing, TransmissionFlags};
@@ -29,6 +30,7 @@ use crate::wire::{Command, Framing, TransmissionFlags};
 pub use self::connect::{ConnectOptions, describe, list, list_contexts, negotiate};
 pub use self::error::ClientError;
 pub use self::reconnect::Reconnect;
+pub use self::sink::Sink;
 /// What was negotiated for a connection.
 pub use crate::proto::client::Negotiated as ClientInfo;
 
@@ -84,7 +86,7 @@ impl Client {
     /// [`ClientError`]: no connection, not an NBD server, no such export, or out of time.
     pub async fn dialled<S, D, F>(mut dial: D, export: &str, options: &ConnectOptions) -> Result<Client, ClientError>
     where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        S: Transport + 'static,
         D: FnMut() -> F + Send + 'static,
         F: Future<Output = Result<S, ClientError>> + Send + 'static,
     {
@@ -108,7 +110,7 @@ impl Client {
     /// [`ClientError`]: the stream failed, not an NBD server, no such export, or out of time.
     pub async fn handshake<S>(stream: S, export: &str, options: &ConnectOptions) -> Result<Client, ClientError>
     where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        S: Transport + 'static,
     {
         let (stream, info) = connect::enter(stream, export, options).await?;
         Ok(Client::start(stream, info, None))
@@ -116,7 +118,7 @@ impl Client {
 
     fn start<S>(stream: S, info: ClientInfo, redial: Option<Redial<S>>) -> Client
     where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        S: Transport + 'static,
     {
         let (sender, receiver) = mpsc::channel(CLIENT_QUEUE);
         let fate = Arc::new(Fate::default());
@@ -201,8 +203,39 @@ impl Client {
                 Err(error) => Err(error),
             });
         };
-        let operation = Operation::Read { offset, length, whole: false };
-        match self.messages.try_send(Message::Request(operation, Waiter::Call(Box::new(done)))) {
+        self.queue(Operation::Read { offset, length, whole: false }, Waiter::Call(Box::new(done)));
+    }
+
+    /// Reads `length` bytes, which must be one request's at most ([`ClientInfo::longest_request`]), into a sink as they
+    /// come. `then` is called when all of them have been given to it, or with why not; otherwise as
+    /// [`Client::read_then`].
+    pub fn read_to(
+        &self,
+        offset: u64,
+        length: u32,
+        sink: Box<dyn Sink>,
+        then: impl FnOnce(Result<(), ClientError>) + Send + 'static,
+    ) {
+        if let Err(error) = self.check(Command::READ, offset, length.into()) {
+            return then(Err(error));
+        }
+        if length == 0 || length > self.info.longest_request() {
+            let why = "it is not the length of one request";
+            return then(Err(impossible(Command::READ, offset, length.into(), why)));
+        }
+        let done = move |ending: Ending| {
+            then(match ending {
+                Ok(Ok(_)) => Ok(()),
+                Ok(Err(refusal)) => Err(refused(Command::READ, offset, length.into(), refusal)),
+                Err(error) => Err(error),
+            });
+        };
+        self.queue(Operation::Stream { offset, length }, Waiter::Stream(sink, Box::new(done)));
+    }
+
+    /// Without waiting.
+    fn queue(&self, operation: Operation, waiter: Waiter) {
+        match self.messages.try_send(Message::Request(operation, waiter)) {
             Ok(()) => {}
             Err(TrySendError::Full(message)) => {
                 let client = self.clone();

@@ -9,21 +9,21 @@ mod connection;
 mod flight;
 pub mod listener;
 mod negotiate;
-mod splice;
+pub(crate) mod splice;
 pub mod unix_path;
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::budget::Share;
 use self::connection::Connection;
 use self::negotiate::{Client, negotiate};
-use self::splice::{Opaque, Transport};
+use self::splice::Transport;
 use crate::export::Exports;
 use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES};
 use crate::proto::server::{HandshakeError, TlsMode};
@@ -153,9 +153,9 @@ pub async fn serve_connection<S>(
     shutdown: CancellationToken,
 ) -> Result<Ended, ServerError>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send,
+    S: Transport,
 {
-    serve_admitted(Opaque(stream), exports, options, shutdown, async {}).await
+    serve_admitted(stream, exports, options, shutdown, async {}).await
 }
 
 /// As [`serve_connection`]; the client enters transmission when `admission` is ready, whose value is kept to its end.

@@ -5,68 +5,32 @@
 //! may see either, as with any disk; with pages in the socket that includes a write that is answered before the reply
 //! has been received.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, Interest};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::limits::{SPLICE_PIPE, SPLICE_PIPE_SMALL};
-use crate::tls::MaybeTls;
+use crate::tls::{ClientStream, MaybeTls, ServerStream};
 
-/// A client's stream.
-pub(super) trait Transport: AsyncRead + AsyncWrite + Unpin + Send {
-    /// The socket, if what is written goes there as it is.
+/// A byte stream to the other side. A type of your own needs no more than `impl Transport for It {}`.
+pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send {
+    /// The socket, if what is written to the stream goes there as it is, and what is read comes from there as it is.
     fn socket(&self) -> Option<Socket<'_>> {
         None
     }
 }
 
-/// Any stream, of which no more is known.
-pub(super) struct Opaque<S>(pub(super) S);
-
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transport for Opaque<S> {}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Opaque<S> {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buffer)
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Opaque<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
-    }
-}
-
-/// A socket that takes pages.
-pub(super) enum Socket<'a> {
+/// A socket that takes pages and gives them.
+pub enum Socket<'a> {
+    /// Of the Unix domain.
     Unix(&'a UnixStream),
+    /// Of the internet domain.
     Tcp(&'a TcpStream),
 }
 
@@ -82,11 +46,16 @@ impl Transport for TcpStream {
     }
 }
 
-impl Transport for Box<dyn Transport> {
+impl Transport for DuplexStream {}
+
+impl<T: Transport + ?Sized> Transport for Box<T> {
     fn socket(&self) -> Option<Socket<'_>> {
         (**self).socket()
     }
 }
+
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transport for ServerStream<S> {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transport for ClientStream<S> {}
 
 impl<S: Transport> Transport for MaybeTls<S> {
     fn socket(&self) -> Option<Socket<'_>> {
@@ -105,6 +74,24 @@ impl Socket<'_> {
         }
     }
 
+    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Socket::Unix(stream) => stream.poll_read_ready(cx),
+            Socket::Tcp(stream) => stream.poll_read_ready(cx),
+        }
+    }
+
+    fn splice_to(&self, pipe: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
+        let splice = |socket: BorrowedFd<'_>| {
+            let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+            splice(socket, None, pipe, None, length, flags).map_err(io::Error::from)
+        };
+        match self {
+            Socket::Unix(stream) => stream.try_io(Interest::READABLE, || splice(stream.as_fd())),
+            Socket::Tcp(stream) => stream.try_io(Interest::READABLE, || splice(stream.as_fd())),
+        }
+    }
+
     fn splice_from(&self, pipe: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
         let splice = |socket: BorrowedFd<'_>| {
             let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
@@ -118,14 +105,14 @@ impl Socket<'_> {
 }
 
 /// Where pages wait for the socket.
-pub(super) struct Pipe {
+pub(crate) struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
     capacity: usize,
 }
 
 impl Pipe {
-    pub(super) fn new() -> io::Result<Pipe> {
+    pub(crate) fn new() -> io::Result<Pipe> {
         let (read, write) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)?;
         let sized = |size| fcntl(&write, FcntlArg::F_SETPIPE_SZ(size));
         // Beyond the system's limit only with the privilege.
@@ -146,6 +133,28 @@ impl Pipe {
     /// Where pages go in.
     pub(super) fn end(&self) -> BorrowedFd<'_> {
         self.write.as_fd()
+    }
+
+    /// Where they come out.
+    pub(crate) fn out(&self) -> BorrowedFd<'_> {
+        self.read.as_fd()
+    }
+
+    /// Moves up to `length` bytes from the socket into it, which must be empty; 0 at the end of the stream.
+    pub(crate) fn poll_receive(
+        &self,
+        socket: &Socket<'_>,
+        cx: &mut Context<'_>,
+        length: usize,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            ready!(socket.poll_read_ready(cx))?;
+            match socket.splice_to(self.write.as_fd(), length.min(self.capacity)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
+                moved => return Poll::Ready(moved),
+            }
+        }
     }
 
     /// Moves up to `length` bytes that are in it to the socket.

@@ -50,7 +50,15 @@ impl Assembly {
         Ok(())
     }
 
-    /// The whole range.
+    /// A chunk of data or zeroes whose content goes elsewhere.
+    ///
+    /// # Errors
+    /// What is wrong with the chunk.
+    pub fn elsewhere(&mut self, offset: u64, length: u32) -> Result<(), &'static str> {
+        self.cover(offset, length).map(drop)
+    }
+
+    /// The whole range; nothing where its content went elsewhere.
     ///
     /// # Errors
     /// A part of it never came.

@@ -11,4 +11,4 @@ pub mod session;
 
 pub use negotiation::{Goal, Negotiated, Negotiation, NegotiationError, Outcome, Plan};
 pub use operation::Operation;
-pub use session::{Completion, ContextExtents, ProtocolError, Refusal, Reply, Session};
+pub use session::{Completion, ContextExtents, Payload, ProtocolError, Refusal, Reply, Session};

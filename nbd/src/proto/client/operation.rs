@@ -18,6 +18,13 @@ pub enum Operation {
         /// In one chunk or not at all (NBD_CMD_FLAG_DF). Needs a server that offers it.
         whole: bool,
     },
+    /// Read bytes that are not put together, but handed on as they come: see [`super::Session::payload`].
+    Stream {
+        /// Offset in bytes.
+        offset: u64,
+        /// Length in bytes.
+        length: u32,
+    },
     /// Write bytes.
     Write {
         /// Offset in bytes.
@@ -73,7 +80,7 @@ impl Operation {
     /// Length of the range in bytes.
     pub fn length(&self) -> u64 {
         match self {
-            Operation::Read { length, .. } => u64::from(*length),
+            Operation::Read { length, .. } | Operation::Stream { length, .. } => u64::from(*length),
             Operation::Write { data, .. } => data.len() as u64,
             Operation::Flush => 0,
             Operation::Trim { length, .. }
@@ -86,7 +93,7 @@ impl Operation {
     /// The command and the offset in bytes, for messages.
     pub fn place(&self) -> (Command, u64) {
         match self {
-            Operation::Read { offset, .. } => (Command::READ, *offset),
+            Operation::Read { offset, .. } | Operation::Stream { offset, .. } => (Command::READ, *offset),
             Operation::Write { offset, .. } => (Command::WRITE, *offset),
             Operation::Flush => (Command::FLUSH, 0),
             Operation::Trim { offset, .. } => (Command::TRIM, *offset),

@@ -54,6 +54,19 @@ pub struct Completion<T> {
     pub result: Result<Reply, Refusal>,
 }
 
+/// Content of a [`Operation::Stream`] that comes now.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Payload<'a, T> {
+    /// What the caller gave with the operation.
+    pub token: &'a mut T,
+    /// Where in the export it belongs, in bytes.
+    pub offset: u64,
+    /// What is left of it, in bytes; never 0.
+    pub length: u32,
+    /// It is zeroes, of which nothing is sent; else it is what follows on the stream.
+    pub zeroes: bool,
+}
+
 /// The server breaks the protocol, and the connection cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
@@ -75,6 +88,8 @@ struct Pending<T> {
     command: Command,
     /// The server must answer with one chunk of content, or one extent of each context.
     single: bool,
+    /// Content is handed on as it comes.
+    streamed: bool,
     offset: u64,
     length: u64,
     assembly: Option<Assembly>,
@@ -84,6 +99,17 @@ struct Pending<T> {
     operation: Option<Operation>,
     /// It was refused with ESHUTDOWN and waits to be sent again.
     parked: bool,
+}
+
+/// Content that is being handed on.
+#[derive(Clone, Copy, Debug)]
+struct Open {
+    cookie: u64,
+    offset: u64,
+    left: u32,
+    zeroes: bool,
+    /// With it the reply ends.
+    last: bool,
 }
 
 /// The id of a context on this connection, and the one by which the caller knows it.
@@ -100,6 +126,8 @@ pub struct Session<T> {
     next_cookie: u64,
     pending: HashMap<u64, Pending<T>>,
     wanted: usize,
+    open: Option<Open>,
+    streams: usize,
     /// Requests are kept to be sent again on another connection.
     resending: bool,
     parked: usize,
@@ -115,6 +143,8 @@ impl<T> Session<T> {
             next_cookie: 1,
             pending: HashMap::new(),
             wanted: 0,
+            open: None,
+            streams: 0,
             resending: false,
             parked: 0,
         };
@@ -137,6 +167,7 @@ impl<T> Session<T> {
             token,
             command: request.command,
             single: request.flags.contains(CommandFlags::DF) || request.flags.contains(CommandFlags::REQ_ONE),
+            streamed: matches!(operation, Operation::Stream { .. }),
             offset: request.offset,
             length: operation.length(),
             assembly: None,
@@ -145,6 +176,7 @@ impl<T> Session<T> {
             operation: self.resending.then(|| operation.clone()),
             parked: false,
         };
+        self.streams += usize::from(pending.streamed);
         self.pending.insert(cookie, pending);
         (request.encode_as(self.framing), payload)
     }
@@ -164,7 +196,9 @@ impl<T> Session<T> {
             ids.filter_map(|context| Some(ContextId { wire: context.id, told: told(&context.name)? })).collect();
         self.wanted = self.shortest();
         self.parked = 0;
+        self.open = None;
         self.pending.retain(|_, pending| !abandoned(&pending.token));
+        self.streams = self.pending.values().filter(|pending| pending.streamed).count();
         let mut cookies: Vec<u64> = self.pending.keys().copied().collect();
         cookies.sort_unstable();
         let mut requests = Vec::with_capacity(cookies.len());
@@ -202,6 +236,7 @@ impl<T> Session<T> {
 
     /// Gives up every request without an answer.
     pub fn fail_all(&mut self) -> impl Iterator<Item = T> + '_ {
+        (self.open, self.streams) = (None, 0);
         self.pending.drain().map(|(_, pending)| pending.token)
     }
 
@@ -210,25 +245,60 @@ impl<T> Session<T> {
         self.wanted
     }
 
+    /// The content that comes now, after [`Session::receive`] has stopped for it: it goes on when all of it was
+    /// [`Session::taken`] from the stream, `input` first.
+    pub fn payload(&mut self) -> Option<Payload<'_, T>> {
+        let Open { cookie, offset, left, zeroes, .. } = self.open.filter(|open| open.left > 0)?;
+        let pending = self.pending.get_mut(&cookie)?;
+        Some(Payload { token: &mut pending.token, offset, length: left, zeroes })
+    }
+
+    /// Takes note that `length` bytes of the [`Session::payload`] went where they belong: not more than it has.
+    pub fn taken(&mut self, length: u32) {
+        if let Some(open) = &mut self.open {
+            open.offset += u64::from(length);
+            open.left = open.left.saturating_sub(length);
+        }
+    }
+
+    /// Whether a [`Operation::Stream`] is in flight: who receives no more than [`Session::wanted`] leaves its content to
+    /// be taken from the stream itself.
+    pub fn has_streams(&self) -> bool {
+        self.streams > 0
+    }
+
     /// Length of the shortest message, which every one begins with.
     fn shortest(&self) -> usize {
         if self.framing == Framing::Extended { ExtendedChunkHeader::LENGTH } else { SimpleReply::LENGTH }
     }
 
-    /// Takes messages from the front of `input` up to the next completion; `None` when more bytes are needed.
+    /// Takes messages from the front of `input` up to the next completion; `None` when more bytes are needed, or the
+    /// [`Session::payload`] has to be taken first.
     ///
     /// # Errors
     /// [`ProtocolError`]: hang up.
     pub fn receive(&mut self, input: &mut BytesMut) -> Result<Option<Completion<T>>, ProtocolError> {
         loop {
             self.wanted = self.shortest();
+            match self.open {
+                Some(open) if open.left > 0 => return Ok(None),
+                Some(open) => {
+                    self.open = None;
+                    if open.last
+                        && let Some(completion) = self.done(open.cookie)?
+                    {
+                        return Ok(Some(completion));
+                    }
+                }
+                None => {}
+            }
             if input.len() < self.wanted {
                 return Ok(None);
             }
             let (header, length) = match u32::from_be_bytes([input[0], input[1], input[2], input[3]]) {
                 SIMPLE_REPLY_MAGIC if self.framing != Framing::Extended => match self.simple(input)? {
                     Simple::Completed(completion) => return Ok(Some(completion)),
-                    Simple::Parked => continue,
+                    Simple::Parked | Simple::Opened => continue,
                     Simple::NeedMore => return Ok(None),
                 },
                 CHUNK_MAGIC if self.framing == Framing::Structured => match ChunkHeader::decode(input) {
@@ -253,13 +323,22 @@ impl<T> Session<T> {
                 }
             };
             self.check_chunk(&header)?;
-            self.wanted = length + header.length as usize;
+            let streamed = header.kind == ChunkType::OFFSET_DATA && self.is_streamed(header.cookie);
+            // Of content that is handed on, only the offset before it is looked at.
+            self.wanted = length + if streamed { 8 } else { header.length as usize };
             if input.len() < self.wanted {
                 return Ok(None);
             }
             input.advance(length);
+            if streamed {
+                self.open(&header, input.get_u64(), header.length - 8, false)?;
+                continue;
+            }
             let payload = input.split_to(header.length as usize);
             self.chunk(&header, payload)?;
+            if self.open.is_some() {
+                continue;
+            }
             if header.flags.contains(ChunkFlags::DONE)
                 && let Some(completion) = self.done(header.cookie)?
             {
@@ -291,6 +370,13 @@ impl<T> Session<T> {
         }
         if pending.assembly.is_some() || pending.refusal.is_some() {
             return Err(broken("a simple reply in the middle of a structured one"));
+        }
+        if pending.streamed && reply.error == 0 {
+            let (cookie, offset, left) = (reply.cookie, pending.offset, pending.length as u32);
+            input.advance(SimpleReply::LENGTH);
+            let (flags, kind) = (ChunkFlags::DONE, ChunkType::OFFSET_DATA);
+            self.open(&ChunkHeader { flags, kind, cookie, length: left }, offset, left, false)?;
+            return Ok(Simple::Opened);
         }
         let length = if with_data && reply.error == 0 { pending.length as usize } else { 0 };
         self.wanted = SimpleReply::LENGTH + length;
@@ -350,6 +436,22 @@ impl<T> Session<T> {
         }
     }
 
+    fn is_streamed(&self, cookie: u64) -> bool {
+        self.pending.get(&cookie).is_some_and(|pending| pending.streamed)
+    }
+
+    /// Content to be handed on begins.
+    fn open(&mut self, header: &ChunkHeader, offset: u64, left: u32, zeroes: bool) -> Result<(), ProtocolError> {
+        let cookie = header.cookie;
+        let Some(pending) = self.pending.get_mut(&cookie) else { return Ok(()) };
+        let (from, length) = (pending.offset, pending.length as u32);
+        let assembly = pending.assembly.get_or_insert_with(|| Assembly::new(from, length));
+        assembly.elsewhere(offset, left).map_err(|what| ProtocolError::Broken { what, cookie })?;
+        let last = header.flags.contains(ChunkFlags::DONE);
+        self.open = Some(Open { cookie, offset, left, zeroes, last });
+        Ok(())
+    }
+
     fn chunk(&mut self, header: &ChunkHeader, mut payload: BytesMut) -> Result<(), ProtocolError> {
         let broken = |what| ProtocolError::Broken { what, cookie: header.cookie };
         let Some(pending) = self.pending.get_mut(&header.cookie) else { return Ok(()) };
@@ -360,8 +462,11 @@ impl<T> Session<T> {
                 if pending.single && pending.assembly.is_some() {
                     return Err(broken("a second chunk of content, where one was asked for"));
                 }
-                let assembly = pending.assembly.get_or_insert_with(|| Assembly::new(from, length));
                 let offset = payload.get_u64();
+                if pending.streamed {
+                    return self.open(header, offset, payload.get_u32(), true);
+                }
+                let assembly = pending.assembly.get_or_insert_with(|| Assembly::new(from, length));
                 let outcome = if header.kind == ChunkType::OFFSET_DATA {
                     assembly.data(offset, payload.freeze())
                 } else {
@@ -405,7 +510,8 @@ impl<T> Session<T> {
             (None, Command::READ) => {
                 let (offset, length) = (pending.offset, pending.length as u32);
                 let assembly = pending.assembly.take().unwrap_or_else(|| Assembly::new(offset, length));
-                Ok(Reply::Data(assembly.finish().map_err(broken)?))
+                let data = assembly.finish().map_err(broken)?;
+                Ok(if pending.streamed { Reply::Done } else { Reply::Data(data) })
             }
             (None, Command::BLOCK_STATUS) if pending.status.is_empty() => {
                 return Err(broken("a BLOCK_STATUS reply without extents"));
@@ -429,6 +535,7 @@ impl<T> Session<T> {
             return None;
         }
         let pending = self.pending.remove(&cookie)?;
+        self.streams -= usize::from(pending.streamed);
         self.parked -= usize::from(pending.parked);
         Some(Completion { token: pending.token, result })
     }
@@ -437,6 +544,8 @@ impl<T> Session<T> {
 /// What came of a simple reply.
 enum Simple<T> {
     NeedMore,
+    /// Content is to be handed on first.
+    Opened,
     Completed(Completion<T>),
     Parked,
 }

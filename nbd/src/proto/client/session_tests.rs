@@ -69,6 +69,96 @@ fn a_read_is_answered_in_either_mode() {
     assert_eq!(receive(&mut session(STRUCTURED, READ), &three.concat()), data(b"\0\0\0\0\0\0gh"));
 }
 
+/// The pieces of content, in the order in which they came, and how the read ended. The stream gives `at_once` bytes at a
+/// time.
+type Streamed = (Vec<(u64, Vec<u8>)>, Option<Completion<u32>>);
+
+fn stream(framing: Framing, bytes: &[u8], at_once: usize) -> Result<Streamed, ProtocolError> {
+    let mut session = session(framing, Operation::Stream { offset: 1000, length: 8 });
+    let (mut input, mut pieces, mut completed) = (BytesMut::new(), Vec::new(), None);
+    for some in bytes.chunks(at_once) {
+        input.extend_from_slice(some);
+        loop {
+            assert!(session.has_streams() != completed.is_some());
+            if let Some(completion) = session.receive(&mut input)? {
+                assert!(completed.replace(completion).is_none() && session.payload().is_none());
+            }
+            let Some(payload) = session.payload() else { break };
+            assert_eq!(*payload.token, 77);
+            let there = if payload.zeroes { payload.length } else { payload.length.min(input.len() as u32) };
+            if there == 0 {
+                break;
+            }
+            let piece = match payload.zeroes {
+                true => vec![0; there as usize],
+                false => input.split_to(there as usize).to_vec(),
+            };
+            pieces.push((payload.offset, piece));
+            session.taken(there);
+        }
+    }
+    Ok((pieces, completed))
+}
+
+#[test]
+fn a_streamed_read_hands_on_each_byte_once_however_they_come() {
+    let at = |offset: u64| offset.to_be_bytes();
+    let one = |framing| match framing {
+        SIMPLE => [simple(1, 0), b"12345678".to_vec()].concat(),
+        STRUCTURED => chunk(ChunkType::OFFSET_DATA, true, &[&at(1000), b"12345678"]),
+        EXTENDED => extended(ChunkType::OFFSET_DATA, true, &[&at(1000), b"12345678"]),
+    };
+    let parts = |chunk: fn(ChunkType, bool, &[&[u8]]) -> Vec<u8>| {
+        [
+            chunk(ChunkType::OFFSET_DATA, false, &[&at(1006), b"gh"]),
+            chunk(ChunkType::OFFSET_HOLE, false, &[&at(1001), &5u32.to_be_bytes()]),
+            chunk(ChunkType::OFFSET_DATA, true, &[&at(1000), b"a"]),
+        ]
+        .concat()
+    };
+    let cases = [
+        (SIMPLE, one(SIMPLE), b"12345678"),
+        (STRUCTURED, one(STRUCTURED), b"12345678"),
+        (EXTENDED, one(EXTENDED), b"12345678"),
+        (STRUCTURED, parts(chunk), b"a\0\0\0\0\0gh"),
+        (EXTENDED, parts(extended), b"a\0\0\0\0\0gh"),
+    ];
+    for (framing, bytes, expected) in cases {
+        for at_once in 1..=bytes.len() {
+            let (pieces, completed) = stream(framing, &bytes, at_once).unwrap();
+            let mut found = [None; 8];
+            for (byte, at) in pieces.into_iter().flat_map(|(offset, piece)| piece.into_iter().zip(offset..)) {
+                assert!(found[at as usize - 1000].replace(byte).is_none(), "twice");
+            }
+            assert_eq!(found.map(Option::unwrap), *expected);
+            assert_eq!(completed, Some(Completion { token: 77, result: Ok(Reply::Done) }));
+        }
+    }
+}
+
+#[test]
+fn a_streamed_read_is_checked_like_any_other() {
+    let at = |offset: u64| offset.to_be_bytes();
+    let data = |done, offset, bytes: &[u8]| chunk(ChunkType::OFFSET_DATA, done, &[&at(offset), bytes]);
+    let hole = |done, offset, length: u32| chunk(ChunkType::OFFSET_HOLE, done, &[&at(offset), &length.to_be_bytes()]);
+    for (what, bytes) in [
+        ("twice", [data(false, 1000, b"1234"), data(true, 1003, b"45678")].concat()),
+        ("elsewhere", data(true, 1001, b"12345678")),
+        ("before it", data(true, 999, b"1")),
+        ("too much", data(true, 1000, b"123456789")),
+        ("a hole elsewhere", hole(true, 1004, 5)),
+        ("an empty hole", hole(true, 1004, 0)),
+        ("a part is missing", data(true, 1000, b"1234567")),
+        ("nothing", chunk(ChunkType::NONE, true, &[])),
+    ] {
+        assert!(stream(STRUCTURED, &bytes, 3).is_err(), "{what}");
+    }
+    let refused = [data(false, 1000, b"1234"), chunk(ChunkType::ERROR, true, &[&5u32.to_be_bytes(), &[0, 0]])].concat();
+    let (pieces, completed) = stream(STRUCTURED, &refused, 5).unwrap();
+    assert_eq!(pieces.iter().map(|(_, piece)| piece.len()).sum::<usize>(), 4);
+    assert!(matches!(completed, Some(Completion { result: Err(Refusal { error: Errno::EIO, .. }), .. })));
+}
+
 #[test]
 fn data_in_one_piece_is_not_copied() {
     let mut session = session(STRUCTURED, READ);
