@@ -93,6 +93,13 @@ pub const HINT_SPAN: u64 = 8 << 20;
 /// Hints that are remembered; older ones are forgotten first.
 pub const MAX_HINTS: usize = 64;
 
+/// While a disk is prepared for its handover, and writers go at the disk's pace: so many bytes may be written at least
+/// before a write waits for the write-out.
+pub const UNWRITTEN_MIN: u64 = 128 << 10;
+
+/// So many at most, however fast the disk is.
+pub const UNWRITTEN_MAX: u64 = 64 << 20;
+
 /// Trims and zeroings longer than this are done off the connection's task.
 pub const INLINE_ZERO_MAX: u64 = 32 << 20;
 

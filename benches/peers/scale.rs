@@ -80,7 +80,7 @@ fn handover(lab: &Lab, image: &std::path::Path, written: bool) -> f64 {
     a.cli(&["prepare", "disk", "--to", &to_b]);
     let writer = written.then(|| {
         let uri = format!("--uri={}", a.uri("disk"));
-        // A part of the disk, so that all of it is on the image's data.
+        // The first part of the disk: data of the small image, nearly all of it holes of the large one, which the writer fills.
         let arguments = ["--name=w", "--ioengine=nbd", &uri, "--rw=randwrite", "--bs=4k", "--iodepth=8", "--thread"];
         let end = ["--time_based", "--runtime=60", "--size=256m", "--output=/dev/null"];
         let writer = Background::start("fio", "fio", &[&arguments[..], &end].concat());

@@ -33,10 +33,17 @@ impl BlockMap {
                 left if left < 64 => (1u64 << left) - 1,
                 _ => u64::MAX,
             };
-            let present = planes.present()[word].load(Ordering::Relaxed) & valid;
-            let dirty = planes.dirty()[word].load(Ordering::Relaxed) & present;
-            planes.present()[word].store(present, Ordering::Relaxed);
-            planes.dirty()[word].store(dirty, Ordering::Relaxed);
+            let (found_present, found_dirty) = (&planes.present()[word], &planes.dirty()[word]);
+            let (was_present, was_dirty) = (found_present.load(Ordering::Relaxed), found_dirty.load(Ordering::Relaxed));
+            let present = was_present & valid;
+            let dirty = was_dirty & present;
+            // Memory that is right already is not written: it may not have been taken yet.
+            if present != was_present {
+                found_present.store(present, Ordering::Relaxed);
+            }
+            if dirty != was_dirty {
+                found_dirty.store(dirty, Ordering::Relaxed);
+            }
             present_count += u64::from(present.count_ones());
             dirty_count += u64::from(dirty.count_ones());
         }
@@ -157,18 +164,28 @@ impl BlockMap {
         (BlockIndex(at.min(end.0)), first.0, first.1)
     }
 
-    /// The pages of the durable form that changed since they were last taken. Whoever fails to persist them gives them
-    /// back with [`BlockMap::mark_changed`].
-    pub fn take_changed(&self) -> Vec<usize> {
+    /// Pages of the durable form that changed since they were last taken: the first `max` of them from page `from` on, in
+    /// order. Whoever fails to persist them gives them back with [`BlockMap::mark_changed`].
+    pub fn take_changed(&self, from: usize, max: usize) -> Vec<usize> {
         let mut pages = Vec::new();
-        for (index, word) in self.changed.iter().enumerate() {
-            if word.load(Ordering::Relaxed) == 0 {
+        for (index, word) in self.changed.iter().enumerate().skip(from / 64) {
+            let mut wanted = word.load(Ordering::Relaxed);
+            if index == from / 64 {
+                wanted &= u64::MAX << (from % 64);
+            }
+            while wanted.count_ones() as usize > max - pages.len() {
+                wanted &= !(1 << wanted.ilog2());
+            }
+            if wanted == 0 {
                 continue;
             }
-            let mut bits = word.swap(0, Ordering::AcqRel);
+            let mut bits = word.fetch_and(!wanted, Ordering::AcqRel) & wanted;
             while bits != 0 {
                 pages.push(index * 64 + bits.trailing_zeros() as usize);
                 bits &= bits - 1;
+            }
+            if pages.len() == max {
+                break;
             }
         }
         pages
@@ -336,10 +353,22 @@ mod tests {
         let map = BlockMap::empty(3 * super::super::BLOCKS_PER_PAGE);
         let block = BlockIndex(super::super::BLOCKS_PER_PAGE + 7);
         map.set_present(BlockRange::new(block, BlockIndex(block.0 + 1)));
-        assert_eq!(map.take_changed(), vec![1]);
+        assert_eq!(map.take_changed(0, 9), vec![1]);
         map.set_present(BlockRange::new(block, BlockIndex(block.0 + 1)));
-        assert_eq!(map.take_changed(), Vec::<usize>::new());
+        assert_eq!(map.take_changed(0, 9), Vec::<usize>::new());
         map.set_dirty(map.whole());
-        assert_eq!(map.take_changed(), vec![0, 1, 2]);
+        assert_eq!(map.take_changed(0, 9), vec![0, 1, 2]);
+    }
+
+    #[test]
+    fn changed_pages_are_taken_in_parts_and_each_once() {
+        let map = BlockMap::empty(200 * super::super::BLOCKS_PER_PAGE);
+        let marked = [0, 1, 62, 63, 64, 70, 128, 199];
+        marked.iter().for_each(|page| map.mark_changed(*page));
+        assert_eq!(map.take_changed(1, 3), [1, 62, 63]);
+        assert_eq!(map.take_changed(64, 1), [64]);
+        assert_eq!(map.take_changed(0, 0), [0; 0]);
+        assert_eq!(map.take_changed(0, 100), [0, 70, 128, 199]);
+        assert_eq!(map.take_changed(300, 100), [0; 0]);
     }
 }

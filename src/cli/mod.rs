@@ -198,10 +198,13 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
         Process::Guard(arguments) => return guard::run(&arguments),
         Process::Command(command) => *command,
     };
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))?;
+    let mut runtime = match &command {
+        Command::Serve(_) => tokio::runtime::Builder::new_multi_thread(),
+        // A question needs no threads, and a container may stand still until it is answered.
+        _ => tokio::runtime::Builder::new_current_thread(),
+    };
+    let runtime =
+        runtime.enable_all().build().map_err(|error| Failure::failed(format!("cannot start the runtime: {error}")))?;
     let client = ControlClient::new(&control);
     let answer = answers::Answer { json };
     let outcome = runtime.block_on(async {

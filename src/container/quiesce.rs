@@ -10,7 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::errno::Errno;
@@ -23,6 +23,32 @@ const PENDING: u8 = 0;
 const DONE: u8 = 1;
 /// Its caller has given up: if it succeeds after all, the file system is thawed at once.
 const ABANDONED: u8 = 2;
+
+/// A round of [`settle`] this short leaves little for the freeze.
+const SETTLED: Duration = Duration::from_millis(20);
+/// After so many rounds the container writes faster than they can follow.
+const SETTLE_ROUNDS: u32 = 8;
+
+/// Has the file system at `mount` write out what it holds back, again and again until little is left: [`freeze`] waits for
+/// that while nobody may run. Writers go on meanwhile. Gives up after `limit`, which is no failure.
+pub async fn settle(mount: &Path, limit: Duration) -> Result<(), Error> {
+    let begun = Instant::now();
+    for _ in 0..SETTLE_ROUNDS {
+        let (path, round) = (mount.to_owned(), Instant::now());
+        let work = tokio::task::spawn_blocking(move || {
+            let dir = open(&path)?;
+            nix::unistd::syncfs(dir).map_err(io_error("write out the file system at", &path))
+        });
+        match tokio::time::timeout(limit.saturating_sub(begun.elapsed()), work).await {
+            Ok(joined) => finished("write out the file system at", mount, joined)?,
+            Err(_) => break,
+        }
+        if round.elapsed() <= SETTLED {
+            break;
+        }
+    }
+    Ok(())
+}
 
 /// Freezes the file system that is mounted at `mount`: flushes it, and holds all writers until [`thaw`].
 ///
@@ -143,6 +169,16 @@ mod tests {
         let pending = Abandon(Arc::new(AtomicU8::new(PENDING)));
         assert!(pending.now() && !pending.now());
         assert_eq!(pending.0.load(Ordering::Acquire), ABANDONED);
+    }
+
+    #[tokio::test]
+    async fn a_file_system_settles_and_one_that_is_not_there_does_not() {
+        // In memory, where nothing has to be written out.
+        let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+        settle(directory.path(), Duration::from_secs(30)).await.unwrap();
+        settle(directory.path(), Duration::ZERO).await.unwrap();
+        let error = settle(Path::new("/nonexistent/mnt"), Duration::from_secs(1)).await.unwrap_err();
+        assert!(error.to_string().starts_with("cannot open /nonexistent/mnt: "), "{error}");
     }
 
     #[tokio::test]

@@ -11,7 +11,7 @@ use nbd::wire::Errno;
 use tokio::sync::oneshot;
 
 use super::status::errno_of;
-use crate::store::{Disk, MapFile, MapFiles};
+use crate::store::{Disk, MapFile, MapFiles, MapSnapshot};
 
 type Outcome = Result<(), Errno>;
 
@@ -121,12 +121,21 @@ impl Flusher {
         }
     }
 
-    /// Bits are taken first, then the bytes are made durable, then the bits are written.
+    /// Bits are taken first, then the bytes are made durable, then the bits are written; of a large disk part by part.
     fn sync_with_map(&self, unflushed: bool, file: &mut MapFile) -> Outcome {
-        let snapshot = MapFile::snapshot(&self.disk.map);
-        if snapshot.is_empty() && !unflushed {
-            return Ok(());
+        let mut from = Some(0);
+        while let Some(at) = from {
+            let snapshot = MapFile::snapshot(&self.disk.map, at);
+            if snapshot.is_empty() && (at > 0 || !unflushed) {
+                break;
+            }
+            self.sync_part(&snapshot, file)?;
+            from = snapshot.rest();
         }
+        Ok(())
+    }
+
+    fn sync_part(&self, snapshot: &MapSnapshot, file: &mut MapFile) -> Outcome {
         let durable = self.disk.sync().map_err(|error| {
             // First of all: this process may end at any time.
             self.distrust_live_map();
@@ -134,10 +143,38 @@ impl Flusher {
             tracing::error!("cannot make the disk durable: {error}; FLUSH fails, stop writing and check the storage");
             errno_of(&error)
         })?;
-        file.commit(&snapshot, &durable).map_err(|error| {
+        file.commit(snapshot, &durable).map_err(|error| {
             snapshot.give_back(&self.disk.map);
             tracing::error!("{error}; FLUSH fails until it can be written");
             Errno::EIO
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block_map::codec::Header;
+    use crate::block_map::{BLOCKS_PER_PAGE, BlockMap, HeapPlanes};
+    use crate::store::FileStore;
+    use crate::units::BlockSize;
+
+    #[test]
+    fn the_map_of_a_large_disk_is_persisted_to_its_last_part() {
+        let directory = tempfile::tempdir().unwrap();
+        let files = MapFiles::in_directory(directory.path());
+        let (block_size, blocks) = (BlockSize::DEFAULT, 2500 * BLOCKS_PER_PAGE);
+        let size = blocks * block_size.bytes();
+        let file = MapFile::create(&files.durable, &Header { size, block_size, identity: "disk".into() }).unwrap();
+        let opened = files.open(file).unwrap();
+        let store = FileStore::open_or_create(&directory.path().join("store"), size).unwrap();
+        let disk = Arc::new(Disk::new(Arc::new(store), opened.map, block_size));
+        disk.map.set_present(disk.map.whole());
+        let flusher = Flusher::new(disk, Some(opened.file), None);
+        flusher.sync_once().unwrap();
+        drop(flusher);
+        let planes = HeapPlanes::new(blocks);
+        MapFile::open(&files.durable).unwrap().unwrap().load(&planes).unwrap();
+        assert!(BlockMap::new(Box::new(planes), blocks).all_present());
     }
 }

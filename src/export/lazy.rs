@@ -14,6 +14,7 @@ use tokio_util::task::TaskTracker;
 use super::config::{ExportConfig, ExportError};
 use super::flush::Flusher;
 use super::gate::{Clock, Gate, GateMode, boottime_clock};
+use super::pace::Pace;
 use super::status::{DataStatus, RateMeter};
 use crate::block_map::BlockMap;
 use crate::block_map::codec::Header;
@@ -40,6 +41,7 @@ pub(super) struct Inner {
     pub(super) gate: Gate,
     pub(super) tracker: Tracker,
     pub(super) flusher: Arc<Flusher>,
+    pub(super) pace: Pace,
     /// Only a lazily filled export has one.
     pub(super) fetcher: Option<Arc<Fetcher>>,
     pub(super) started: Instant,
@@ -162,6 +164,7 @@ impl LazyExport {
                 gate: Gate::new(if parts.read_only { GateMode::ReadOnly } else { GateMode::Open }, boottime_clock()),
                 tracker: Tracker::new(size),
                 flusher: Flusher::new(disk.clone(), parts.map_file, parts.map_files.clone()),
+                pace: Pace::new(),
                 complete: fetcher.as_ref().map_or_else(|| local_state.subscribe(), |fetcher| fetcher.pull_state()),
                 _local_state: local_state,
                 disk,

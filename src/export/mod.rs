@@ -8,6 +8,7 @@
 //! - `mutation`: writes, trims and zeroings, and how they meet missing blocks
 //! - `sparse`: reads that need no upstream, and their holes
 //! - `flush`: FLUSH and FUA, shared by all connections
+//! - `pace`: writing out while somebody writes, before the freeze point
 //! - `contexts`: BLOCK_STATUS
 //! - `gate`: who may do what at the moment (freeze point, fencing)
 
@@ -17,6 +18,7 @@ mod flush;
 mod gate;
 mod lazy;
 mod mutation;
+mod pace;
 mod requests;
 mod sparse;
 mod status;

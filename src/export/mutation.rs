@@ -18,6 +18,9 @@ use crate::fetch::{Class, Waiting};
 use crate::limits::INLINE_ZERO_MAX;
 use crate::units::{BlockRange, ByteRange};
 
+/// What a hole counts for in [`Mutation::unwritten`], in bytes.
+const UNWRITTEN_HOLE: u64 = 4096;
+
 /// A change that a client asks for.
 #[derive(Clone, Debug)]
 pub(super) enum Mutation {
@@ -51,6 +54,14 @@ impl Mutation {
         matches!(self, Mutation::Zero { mode: ZeroMode { fast: true, .. }, .. })
     }
 
+    /// How many bytes it leaves to be written out, roughly: of what becomes a hole only that it is one.
+    fn unwritten(&self) -> u64 {
+        match self {
+            Mutation::Write { data, .. } => data.len() as u64,
+            Mutation::Zero { .. } | Mutation::Trim { .. } => UNWRITTEN_HOLE,
+        }
+    }
+
     /// It may take long: not for the connection's own task.
     fn is_long(&self) -> bool {
         !matches!(self, Mutation::Write { .. }) && self.range().len() > INLINE_ZERO_MAX
@@ -67,7 +78,7 @@ pub(super) fn answer(inner: &Arc<Inner>, mutation: Mutation, fua: bool) -> Answe
     }
     match inner.attempt(&mutation) {
         Tried::Failed(errno) => Answer::Now(Err(errno)),
-        Tried::Done if !fua && inner.gate.serve().is_ok() => Answer::Now(Ok(())),
+        Tried::Done if !fua && !inner.pace.holds() && inner.gate.serve().is_ok() => Answer::Now(Ok(())),
         tried => Answer::Later(Box::pin(finish(inner.clone(), mutation, fua, Some(tried)))),
     }
 }
@@ -103,6 +114,8 @@ async fn finish(inner: Arc<Inner>, mutation: Mutation, fua: bool, first: Option<
     }
     if fua {
         inner.flusher.persist().await?;
+    } else {
+        inner.pace.held().await;
     }
     inner.gate.until_served().await
 }
@@ -156,6 +169,7 @@ impl Inner {
         }
         self.tracker.record(self.started.elapsed(), range);
         self.flusher.changed();
+        self.pace.wrote(mutation.unwritten());
         Tried::Done
     }
 

@@ -77,6 +77,9 @@ impl MapError {
     }
 }
 
+/// Pages that one snapshot has at most: 4 MiB, for 64 GiB of a disk in blocks of 4 KiB.
+const SNAPSHOT_PAGES: usize = 1024;
+
 /// Bits that were taken from the map before the store was synced.
 #[derive(Debug)]
 pub struct MapSnapshot {
@@ -169,8 +172,23 @@ impl MapFile {
         Ok(true)
     }
 
-    /// Reads all pages into planes. A damaged page is an error, never a guess.
+    /// Reads all pages into planes that hold nothing yet. A damaged page is an error, never a guess.
     pub fn load(&mut self, planes: &dyn Planes) -> Result<(), MapError> {
+        self.load_each(|index, words| {
+            let first = index * WORDS_PER_PAGE;
+            let count = WORDS_PER_PAGE.min(planes.present().len().saturating_sub(first));
+            for slot in 0..count {
+                // Memory of which nothing is set is not touched: it may take none.
+                if words.present[slot] | words.dirty[slot] != 0 {
+                    planes.present()[first + slot].store(words.present[slot], Ordering::Relaxed);
+                    planes.dirty()[first + slot].store(words.dirty[slot], Ordering::Relaxed);
+                }
+            }
+        })
+    }
+
+    /// Reads all pages and shows each that is whole; with one that is not, it ends with an error, but only after the others.
+    pub fn load_each(&mut self, mut each: impl FnMut(usize, &PageWords)) -> Result<(), MapError> {
         // What a dead process wrote may be in memory alone: the next persist must not replace the page below it before.
         self.file.sync_data().map_err(MapError::io("sync", &self.path))?;
         let (mut slots, mut damaged) = ([[0; PAGE_BYTES]; 2], None);
@@ -188,19 +206,16 @@ impl MapFile {
                 }
             };
             self.generations[index] = page.generation;
-            let first = index * WORDS_PER_PAGE;
-            let count = WORDS_PER_PAGE.min(planes.present().len().saturating_sub(first));
-            for slot in 0..count {
-                planes.present()[first + slot].store(page.words.present[slot], Ordering::Relaxed);
-                planes.dirty()[first + slot].store(page.words.dirty[slot], Ordering::Relaxed);
-            }
+            each(index, &page.words);
         }
         damaged.map_or(Ok(()), |source| Err(MapError::Corrupt { path: self.path.clone(), source }))
     }
 
-    /// The bits that changed since the last snapshot. To be taken **before** the store is synced.
-    pub fn snapshot(map: &BlockMap) -> MapSnapshot {
-        MapSnapshot { pages: map.take_changed().into_iter().map(|page| (page, map.snapshot(page))).collect() }
+    /// Bits that changed since the last snapshot, of pages from `from` on: a bounded part, so that the map of a large disk
+    /// is not in memory twice. To be taken **before** the store is synced.
+    pub fn snapshot(map: &BlockMap, from: usize) -> MapSnapshot {
+        let pages = map.take_changed(from, SNAPSHOT_PAGES);
+        MapSnapshot { pages: pages.into_iter().map(|page| (page, map.snapshot(page))).collect() }
     }
 
     /// Writes a snapshot and makes it durable. When nothing changed nothing is written. On an error the snapshot's pages
@@ -231,6 +246,12 @@ impl MapSnapshot {
     /// Marks its pages as changed again, after a persist that failed.
     pub fn give_back(&self, map: &BlockMap) {
         self.pages.iter().for_each(|(page, _)| map.mark_changed(*page));
+    }
+
+    /// Where the next part begins, if this one may not be all.
+    pub fn rest(&self) -> Option<usize> {
+        let last = self.pages.last().filter(|_| self.pages.len() == SNAPSHOT_PAGES);
+        last.map(|(page, _)| page + 1)
     }
 
     /// Nothing had changed.

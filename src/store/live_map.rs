@@ -49,8 +49,8 @@ impl LiveMap {
         Ok(valid.then_some(live))
     }
 
-    /// Makes a new live map, filled by `fill`. It becomes valid only after that: a process that dies meanwhile leaves
-    /// nothing that [`LiveMap::reopen`] would take.
+    /// Makes a new live map, filled by `fill`. It takes the place of an older one only when it is whole: who dies or fails
+    /// meanwhile changes nothing.
     pub fn create(
         path: &Path,
         header: &Header,
@@ -58,12 +58,13 @@ impl LiveMap {
         fill: impl FnOnce(&LiveMap) -> Result<(), MapError>,
     ) -> Result<LiveMap, MapError> {
         let words = words_for(header.block_size.count(header.size));
+        let draft = path.with_extension("live.new");
         let make = || -> io::Result<LiveMap> {
-            match std::fs::remove_file(path) {
+            match std::fs::remove_file(&draft) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-            let file = OpenOptions::new().read(true).write(true).create_new(true).open(path)?;
+            let file = OpenOptions::new().read(true).write(true).create_new(true).open(&draft)?;
             // Every page must have its space: a store to a mapped page that finds the disk full is a SIGBUS.
             match fallocate(&file, FallocateFlags::empty(), 0, length(words) as i64) {
                 Err(Errno::EOPNOTSUPP) => fill_with_zeroes(&file, length(words))?,
@@ -72,11 +73,17 @@ impl LiveMap {
             Self::map(&file, words)
         };
         let live = make().map_err(MapError::io("create", path))?;
-        fill(&live)?;
+        let filled = fill(&live);
+        if filled.is_err() {
+            // It is removed before the next one is made at the latest.
+            let _ = std::fs::remove_file(&draft);
+        }
+        filled?;
         fence(Ordering::Release);
         for (word, value) in live.head().iter().zip(head_words(header, boot)).rev() {
             word.store(value, Ordering::Release);
         }
+        std::fs::rename(&draft, path).map_err(MapError::io("create", path))?;
         Ok(live)
     }
 

@@ -37,7 +37,7 @@ fn new(blocks: u64) -> (tempfile::TempDir, BlockMap, MapFile) {
 
 /// One right persist.
 fn persist(map: &BlockMap, file: &mut MapFile, store: &dyn Store) {
-    let snapshot = MapFile::snapshot(map);
+    let snapshot = MapFile::snapshot(map, 0);
     let durable = store.sync().unwrap();
     file.commit(&snapshot, &durable).unwrap();
 }
@@ -71,13 +71,13 @@ fn no_bit_is_durable_before_its_bytes() {
             persist(map, file, store);
         },
         |map, file, store, arrive| {
-            let snapshot = MapFile::snapshot(map);
+            let snapshot = MapFile::snapshot(map, 0);
             arrive();
             let durable = store.sync().unwrap();
             file.commit(&snapshot, &durable).unwrap();
         },
         |map, file, store, arrive| {
-            let snapshot = MapFile::snapshot(map);
+            let snapshot = MapFile::snapshot(map, 0);
             let durable = store.sync().unwrap();
             arrive();
             file.commit(&snapshot, &durable).unwrap();
@@ -91,7 +91,7 @@ fn the_power_loss_test_catches_bits_that_are_taken_after_the_sync() {
     assert!(claims_too_much(|map, file, store, arrive| {
         let durable = store.sync().unwrap();
         arrive();
-        let snapshot = MapFile::snapshot(map);
+        let snapshot = MapFile::snapshot(map, 0);
         file.commit(&snapshot, &durable).unwrap();
     }));
 }
@@ -125,6 +125,8 @@ fn after_a_power_loss_no_block_is_taken_for_clean_and_that_is_persisted() {
     drop((map, file));
     let (map, mut file) = open(&files(&directory), OTHER_BOOT).unwrap();
     assert_eq!((map.present_blocks(), map.dirty_blocks()), (6, 6));
+    assert_eq!(map.take_changed(0, 9), [0]);
+    map.mark_changed(0);
     persist(&map, &mut file, &FaultyStore::new(8));
     drop((map, file));
     std::fs::remove_file(directory.path().join("map.live")).unwrap();
@@ -219,10 +221,12 @@ fn a_page_that_is_damaged_twice_is_refused_but_harmless_while_the_live_map_is_va
     drop((map, file));
     spoil(&files.durable, codec::slot_offset(2, 0) + 100);
     spoil(&files.durable, codec::slot_offset(2, 1) + 100);
-    let before = std::fs::read(&files.durable).unwrap();
+    let before = [&files.durable, &files.live].map(|path| std::fs::read(path).unwrap());
     let error = open(&files, BootId(9)).map(drop).unwrap_err();
     assert!(matches!(error, MapError::Corrupt { .. }), "{error}");
-    assert!(std::fs::read(&files.durable).unwrap() == before, "nothing is overwritten");
+    let after = [&files.durable, &files.live].map(|path| std::fs::read(path).unwrap());
+    assert!(after == before, "nothing is overwritten");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 2, "and nothing is left");
 }
 
 #[test]

@@ -1,12 +1,11 @@
 //! Both forms of the map together: which one counts when an export is opened.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use super::durable_map::{MapError, MapFile};
 use super::live_map::{BootId, LiveMap};
-use crate::block_map::codec::PageWords;
-use crate::block_map::{BlockMap, HeapPlanes, Planes, WORDS_PER_PAGE, pages_for};
+use crate::block_map::{BlockMap, Planes, WORDS_PER_PAGE, pages_for};
 
 /// Where the two forms are: the files `map` and `map.live` of an export's directory.
 #[derive(Clone, Debug)]
@@ -41,38 +40,40 @@ impl MapFiles {
     pub fn open_in_boot(&self, mut file: MapFile, boot: BootId) -> Result<OpenedMap, MapError> {
         let header = file.header().clone();
         let blocks = header.block_size.count(header.size);
-        let durable = HeapPlanes::new(blocks);
-        let loaded = match file.load(&durable) {
-            // A page that could not be read has a generation that is not known.
-            Err(error @ MapError::Io { .. }) => return Err(error),
-            loaded => loaded,
-        };
         if let Some(live) = LiveMap::reopen(&self.live, &header, boot)? {
-            // A damaged page does no harm here: every page is written anew from the live map.
-            let rewrite_all = loaded.is_err();
             let map = BlockMap::new(Box::new(live), blocks);
-            for page in 0..pages_for(blocks) {
-                if rewrite_all || map.snapshot(page) != page_of(&durable, page) {
+            let loaded = file.load_each(|page, words| {
+                if map.snapshot(page) != *words {
                     map.mark_changed(page);
                 }
+            });
+            match loaded {
+                // A page that could not be read has a generation that is not known.
+                Err(error @ MapError::Io { .. }) => return Err(error),
+                // A damaged page does no harm here: every page is written anew from the live map.
+                Err(_) => (0..pages_for(blocks)).for_each(|page| map.mark_changed(page)),
+                Ok(()) => {}
             }
             return Ok(OpenedMap { map, file });
         }
-        loaded?;
         // A process that ended in order has removed it. After any other end, bytes of a block may have been changed and be
         // on the disk although nobody flushed: that such a block is clean would be a guess.
         let interrupted = self.live.exists();
+        let mut guessed = Vec::new();
         let live = LiveMap::create(&self.live, &header, boot, |live| {
-            copy(durable.present(), live.present());
-            copy(if interrupted { durable.present() } else { durable.dirty() }, live.dirty());
+            file.load(live)?;
+            let words = live.present().iter().zip(live.dirty()).enumerate();
+            for (word, (present, dirty)) in words.filter(|_| interrupted) {
+                let present = present.load(Ordering::Relaxed);
+                if dirty.load(Ordering::Relaxed) != present {
+                    dirty.store(present, Ordering::Relaxed);
+                    guessed.push(word / WORDS_PER_PAGE);
+                }
+            }
             Ok(())
         })?;
         let map = BlockMap::new(Box::new(live), blocks);
-        for page in 0..pages_for(blocks) {
-            if interrupted && map.snapshot(page) != page_of(&durable, page) {
-                map.mark_changed(page);
-            }
-        }
+        guessed.into_iter().for_each(|page| map.mark_changed(page));
         Ok(OpenedMap { map, file })
     }
 
@@ -91,23 +92,5 @@ impl MapFiles {
             }
             _ => Ok(()),
         }
-    }
-}
-
-fn page_of(planes: &HeapPlanes, page: usize) -> PageWords {
-    let mut words = PageWords::default();
-    let first = page * WORDS_PER_PAGE;
-    let load =
-        |plane: &[AtomicU64], slot: usize| plane.get(first + slot).map_or(0, |word| word.load(Ordering::Relaxed));
-    for slot in 0..WORDS_PER_PAGE {
-        words.present[slot] = load(planes.present(), slot);
-        words.dirty[slot] = load(planes.dirty(), slot);
-    }
-    words
-}
-
-fn copy(from: &[AtomicU64], to: &[AtomicU64]) {
-    for (from, to) in from.iter().zip(to) {
-        to.store(from.load(Ordering::Relaxed), Ordering::Relaxed);
     }
 }

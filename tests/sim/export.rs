@@ -455,7 +455,7 @@ impl World {
         }
         flusher.current = std::mem::take(&mut flusher.waiting);
         let unflushed = std::mem::replace(&mut flusher.unflushed, false);
-        flusher.snapshot = (!export.map.take_changed().is_empty()).then(|| export.map.snapshot(0));
+        flusher.snapshot = (!export.map.take_changed(0, usize::MAX).is_empty()).then(|| export.map.snapshot(0));
         if flusher.snapshot.is_none() && !unflushed {
             return self.flush_ended();
         }

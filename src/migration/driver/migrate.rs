@@ -25,6 +25,8 @@ use crate::peer::{Request, images};
 
 /// How long the file system may take to become quiet.
 const QUIESCE_LIMIT: Duration = Duration::from_secs(30);
+/// How long the file system may take before that to write out what it holds back, while the container runs.
+const SETTLE_LIMIT: Duration = Duration::from_secs(10);
 /// How long the destination may take to accept the checkpoint's connection.
 const DIAL_TIME: Duration = Duration::from_secs(10);
 /// How long one asking for the container's resumption waits: longer than the destination tries. A lost link shows sooner.
@@ -114,7 +116,11 @@ impl Run {
     async fn freeze_and_send(&self, found: &Found) -> Outcome<Instant> {
         let Found { runtime, id, cgroup, record } = found;
         let hold = &self.world.hold;
-        // Before the pause: it costs round trips.
+        // Before the pause: what is written out now is not waited for in it.
+        if let Err(error) = quiesce::settle(&record.mount, SETTLE_LIMIT).await {
+            tracing::warn!(disk = self.world.disk, error = chain(&error), "the pause will be longer");
+        }
+        // So is this: it costs round trips.
         let stream = self.dial().await?;
         hold.hold(found).await?;
         self.world.source.command(SourceEvent::Freezing(record.clone())).await?;

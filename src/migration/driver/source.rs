@@ -24,8 +24,8 @@ use crate::units::{BootTime, Epoch};
 const PREPARE_TIME: Duration = Duration::from_secs(60);
 /// How long the first beat of a prepared destination is waited for.
 const FIRST_BEAT_TIME: Duration = Duration::from_secs(15);
-/// How often the disk is written out while it is prepared.
-const WRITE_OUT_INTERVAL: Duration = Duration::from_millis(500);
+/// How long a disk may take until it is written out as fast as it is written to, before it counts as prepared anyway.
+const WRITE_OUT_TIME: Duration = Duration::from_secs(20);
 /// How long one telling of the handover waits for its answer.
 const TELL_TIME: Duration = Duration::from_secs(3);
 /// How long a cancel tries to reach the destination; it finds out by its next beat otherwise.
@@ -99,6 +99,7 @@ pub struct SourceHandle {
     commands: mpsc::Sender<Command>,
     view: watch::Receiver<SourceView>,
     peer: Arc<PeerClient>,
+    export: LazyExport,
     frozen_ms: Arc<OnceLock<u64>>,
 }
 
@@ -117,9 +118,9 @@ impl SourceHandle {
             lease_ends: None,
             last_error: None,
         });
-        let peer = world.peer.clone();
+        let (peer, export) = (world.peer.clone(), world.export.clone());
         tokio::spawn(drive(world, machine, inbox, publish, stop));
-        Self { commands, view, peer, frozen_ms: Arc::default() }
+        Self { commands, view, peer, export, frozen_ms: Arc::default() }
     }
 
     /// Does a command and waits for its end.
@@ -129,10 +130,16 @@ impl SourceHandle {
         answer.await.map_err(|_| driver_gone())?.map_err(denied)
     }
 
-    /// Prepares the destination, and waits until it beats: before that a handover would be refused.
+    /// Prepares the destination, and waits until it beats: before that a handover would be refused. Waits also until
+    /// what was written before is written out, which the pause would wait for otherwise.
     pub async fn prepare(&self) -> Outcome<()> {
         self.command(SourceEvent::Prepare).await?;
-        self.first_beat().await
+        self.first_beat().await?;
+        if !self.export.written_out(WRITE_OUT_TIME).await {
+            let disk = self.export.name();
+            tracing::warn!(disk, "its writer is faster than the disk: the pause will wait until all is written out");
+        }
+        Ok(())
     }
 
     /// Waits until the destination was heard, if it is prepared.
@@ -206,6 +213,7 @@ async fn drive(
     let mut waiting: Option<oneshot::Sender<Result<(), Denied>>> = None;
     // What is durable before the freeze, nothing has to wait for in the pause.
     let mut writing_out: Option<BoxFuture<'static, ()>> = None;
+    let mut write_out = None;
     let mut progress = Progress::default();
     let mut heard_at = None;
     let mut last_error = None;
@@ -228,8 +236,13 @@ async fn drive(
         if let Some((reply, result)) = answered {
             let _ = reply.send(result);
         }
-        if writing_out.is_none() && machine.is_ready() && machine.record().phase == SourcePhase::Preparing {
-            writing_out = Some(write_out(world.clone()));
+        let wanted = how_to_write_out(&machine);
+        if wanted != write_out {
+            // The one before ends first.
+            drop(writing_out.take());
+            write_out = wanted;
+            writing_out =
+                wanted.map(|paced| -> BoxFuture<'static, ()> { Box::pin(world.export.clone().write_out(paced)) });
         }
         let wake = machine.next_timeout().unwrap_or_else(|| clock::now().after(IDLE));
         tokio::select! {
@@ -264,14 +277,11 @@ async fn drive(
     }
 }
 
-fn write_out(world: Arc<SourceWorld>) -> BoxFuture<'static, ()> {
-    Box::pin(async move {
-        tokio::time::sleep(WRITE_OUT_INTERVAL).await;
-        // A failure is remembered by the store, and the seal says so.
-        if let Err(errno) = world.export.persist().await {
-            tracing::warn!(disk = world.disk, %errno, "the disk cannot be made durable, so it could not be handed over");
-        }
-    })
+/// Whether the disk is written out at the moment, and whether writers are slowed down for it: not once the container is
+/// being frozen, for then nobody writes but its file system, and the pause waits for that.
+fn how_to_write_out(machine: &SourceMachine) -> Option<bool> {
+    let record = machine.record();
+    (machine.is_ready() && record.phase == SourcePhase::Preparing).then_some(record.container.is_none())
 }
 
 fn publish_view(
