@@ -9,7 +9,10 @@ mod connection;
 mod flight;
 pub mod listener;
 mod negotiate;
+mod patience;
+mod socket;
 mod splice;
+mod transport;
 pub mod unix_path;
 
 use std::io;
@@ -23,9 +26,9 @@ use tokio_util::sync::CancellationToken;
 use self::budget::Share;
 use self::connection::Connection;
 use self::negotiate::{Client, negotiate};
-use self::splice::{Opaque, Transport};
+use self::transport::{Opaque, Transport};
 use crate::export::Exports;
-use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES};
+use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES, SPIN_TIME};
 use crate::proto::server::{HandshakeError, TlsMode};
 use crate::tls::{TlsError, TlsServer};
 use crate::wire::WireError;
@@ -58,6 +61,9 @@ pub struct ServeOptions {
     pub max_connections: usize,
     /// Connections of one listener in the handshake at a time.
     pub max_handshakes: usize,
+    /// How long a connection looks for the next request of a client that asks one thing after the other, before its task
+    /// sleeps: such a client is answered sooner, for the price of a processor while it is active. Zero: not at all.
+    pub spin_time: Duration,
     /// What all connections with a clone of these options may have in flight together.
     pub budget: Arc<Budget>,
     /// Whether clients may or must encrypt.
@@ -102,6 +108,7 @@ impl Default for ServeOptions {
             draining: Draining::default(),
             max_connections: MAX_CONNECTIONS,
             max_handshakes: MAX_HANDSHAKES,
+            spin_time: SPIN_TIME,
             budget: Arc::default(),
             tls: TlsPolicy::default(),
         }
@@ -190,7 +197,7 @@ where
     let name = entered.name.clone();
     tracing::debug!(export = name, framing = ?entered.framing, "a client has entered transmission");
     let share = Share::of(options.budget.clone());
-    let ended = Connection::new(stream, input, entered, share).run(options, shutdown).await;
+    let ended = Connection::new(stream, input, entered, share, options.spin_time).run(options, shutdown).await;
     tracing::debug!(export = name, ?ended, "a client has left");
     ended
 }
