@@ -37,7 +37,7 @@ pub const SERVER_BYTES_IN_FLIGHT: usize = 512 << 20;
 /// Bytes up to which a connection without requests in flight is not counted, and never held back.
 pub const UNCOUNTED_BYTES: usize = 256 << 10;
 /// Reads from this length on are sent from the page cache without a copy where that is possible, in bytes.
-pub const SPLICE_READ_MIN: u32 = 256 << 10;
+pub const SPLICE_READ_MIN: u32 = 64 << 10;
 /// Size of the pipe that they go through, in bytes: the longest read of that kind.
 pub const SPLICE_PIPE: i32 = 4 << 20;
 /// The same where that is beyond what the system allows.
