@@ -62,7 +62,8 @@ pub struct ServeOptions {
     /// Connections of one listener in the handshake at a time.
     pub max_handshakes: usize,
     /// How long a connection looks for the next request of a client that asks one thing after the other, before its task
-    /// sleeps: such a client is answered sooner, for the price of a processor while it is active. Zero: not at all.
+    /// sleeps: such a client is answered sooner, for the price of a processor while it is active. Zero: not at all; longer than
+    /// [`SPIN_STRETCH`](crate::limits::SPIN_STRETCH) it never is.
     pub spin_time: Duration,
     /// What all connections with a clone of these options may have in flight together.
     pub budget: Arc<Budget>,

@@ -32,7 +32,8 @@ pub(super) struct Turn<'a>(&'a AtomicBool);
 
 impl<'a> Turn<'a> {
     fn take(turn: &'a AtomicBool) -> Option<Turn<'a>> {
-        (!turn.swap(true, Ordering::Acquire)).then_some(Turn(turn))
+        // Made only if it is free: a turn that is dropped is given back.
+        (!turn.swap(true, Ordering::Acquire)).then(|| Turn(turn))
     }
 }
 
@@ -59,7 +60,7 @@ pub(super) struct Patience {
 }
 
 impl Patience {
-    /// For a connection whose waits take up to `longest`; where there is one processor, it never waits.
+    /// For a connection whose waits take up to `longest`, and up to [`SPIN_STRETCH`] in any case; where there is one processor, it never waits.
     pub(super) fn new(longest: Duration) -> Patience {
         static PROCESSORS: OnceLock<usize> = OnceLock::new();
         let processors = *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
@@ -68,7 +69,7 @@ impl Patience {
 
     fn on(processors: usize, longest: Duration) -> Patience {
         Patience {
-            longest: if processors > 1 { longest } else { Duration::ZERO },
+            longest: if processors > 1 { longest.min(SPIN_STRETCH) } else { Duration::ZERO },
             steady: 0,
             met: 0,
             idle_since: None,
@@ -131,5 +132,100 @@ impl Patience {
             self.stretch_since = None;
         }
         must
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GAP: Duration = Duration::from_micros(20);
+
+    /// A client that asks one thing after the other, from `now` on; when it was last answered.
+    fn asks(patience: &mut Patience, turn: &AtomicBool, mut now: Instant, times: u32) -> (Instant, u32) {
+        let mut waited = 0;
+        for _ in 0..times {
+            let wait = patience.idle_with(now, turn);
+            waited += u32::from(wait.is_some());
+            now += GAP;
+            patience.came(now, wait.is_some());
+        }
+        (now, waited)
+    }
+
+    #[test]
+    fn a_steady_client_is_waited_for_and_a_slow_one_is_not() {
+        let (turn, now) = (AtomicBool::new(false), Instant::now());
+        let mut patience = Patience::on(2, Duration::from_micros(50));
+        let (now, waited) = asks(&mut patience, &turn, now, 100);
+        assert_eq!(waited, 100 - STEADY);
+        let (until, _turn) = patience.idle_with(now, &turn).unwrap();
+        assert_eq!(until, now + Duration::from_micros(50));
+        drop(_turn);
+        patience.came(now + SOON + GAP, false);
+        assert!(patience.idle_with(now, &turn).is_none(), "the client was slow");
+        patience.came(now, false);
+        assert_eq!(asks(&mut patience, &turn, now, STEADY).1, 1, "one was steady already");
+        patience.busy();
+        assert_eq!(asks(&mut patience, &turn, now, STEADY).1, 0, "the client asked several things at once");
+    }
+
+    #[test]
+    fn nobody_waits_on_one_processor_or_where_it_is_switched_off() {
+        for (processors, longest) in [(1, Duration::from_micros(50)), (2, Duration::ZERO)] {
+            assert!(!Patience::on(processors, longest).is_possible());
+        }
+        assert!(Patience::on(2, Duration::from_micros(1)).is_possible());
+    }
+
+    #[test]
+    fn one_waits_at_a_time() {
+        let (turn, now) = (AtomicBool::new(false), Instant::now());
+        let mut one = Patience::on(2, Duration::from_micros(50));
+        let mut two = Patience::on(2, Duration::from_micros(50));
+        let (now, _) = asks(&mut one, &turn, now, STEADY);
+        let waiting = one.idle_with(now, &turn);
+        assert!(waiting.is_some());
+        assert_eq!(asks(&mut two, &turn, now, 50).1, 0);
+        drop(waiting);
+        assert_eq!(asks(&mut two, &turn, now, 50).1, 50);
+    }
+
+    #[test]
+    fn waiting_in_vain_becomes_rare() {
+        let turn = AtomicBool::new(false);
+        let begin = Instant::now();
+        let (mut now, mut in_vain) = (begin, 0);
+        let mut patience = Patience::on(2, Duration::from_micros(50));
+        // Always soon, and never soon enough.
+        while now < begin + Duration::from_secs(60) {
+            let wait = patience.idle_with(now, &turn);
+            if wait.is_some() {
+                in_vain += 1;
+                patience.missed(now + Duration::from_micros(50));
+            }
+            now += Duration::from_micros(100);
+            patience.came(now, false);
+        }
+        assert!((50..=75).contains(&in_vain), "{in_vain} times in a minute");
+        // A client that has become steady again is forgiven.
+        let (now, waited) = asks(&mut patience, &turn, now + SPIN_LONGEST_PAUSE, MENDED + STEADY);
+        assert!(waited >= MENDED);
+        patience.missed(now);
+        assert!(patience.idle_with(now, &turn).is_some(), "an accident");
+        patience.missed(now);
+        assert!(patience.idle_with(now, &turn).is_none());
+        assert_eq!(patience.not_before, Some(now + SPIN_FIRST_PAUSE));
+    }
+
+    #[test]
+    fn others_have_their_turn() {
+        let now = Instant::now();
+        let mut patience = Patience::on(2, Duration::from_micros(50));
+        assert!(!patience.must_yield(now));
+        assert!(!patience.must_yield(now + SPIN_STRETCH / 2));
+        assert!(patience.must_yield(now + SPIN_STRETCH));
+        assert!(!patience.must_yield(now + SPIN_STRETCH));
+        assert!(patience.must_yield(now + SPIN_STRETCH * 2));
     }
 }
