@@ -149,6 +149,12 @@ pub trait Export: Send + Sync + 'static {
     /// not reach beyond `offset + length`. At most `max_extents` are returned (1 under NBD_CMD_FLAG_REQ_ONE).
     fn block_status(&self, context: &str, offset: u64, length: u64, max_extents: usize) -> Answer<Vec<Extent>>;
 
+    /// Whether the processors are wanted for other work of this export, so that its connections do not spend time on
+    /// waiting for a client's next request (see [`crate::server::ServeOptions::spin_time`]).
+    fn is_busy(&self) -> bool {
+        false
+    }
+
     /// A client has entered transmission; the guard is dropped when it leaves. For counting clients.
     fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync>;
 }

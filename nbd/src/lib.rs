@@ -29,7 +29,8 @@ pub mod proto;
 pub mod server;
 pub mod socket;
 pub mod tls;
+mod transport;
 pub mod uri;
 pub mod wire;
 
-pub use server::splice::{Socket, Transport};
+pub use transport::{Socket, Transport};

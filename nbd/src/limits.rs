@@ -37,11 +37,20 @@ pub const SERVER_BYTES_IN_FLIGHT: usize = 512 << 20;
 /// Bytes up to which a connection without requests in flight is not counted, and never held back.
 pub const UNCOUNTED_BYTES: usize = 256 << 10;
 /// Reads from this length on are sent from the page cache without a copy where that is possible, in bytes.
-pub const SPLICE_READ_MIN: u32 = 256 << 10;
+pub const SPLICE_READ_MIN: u32 = 64 << 10;
 /// Size of the pipe that they go through, in bytes: the longest read of that kind.
 pub const SPLICE_PIPE: i32 = 4 << 20;
 /// The same where that is beyond what the system allows.
 pub const SPLICE_PIPE_SMALL: i32 = 1 << 20;
+/// How long a connection looks for the next request of a client that asks one thing after the other, before its task
+/// sleeps.
+pub const SPIN_TIME: Duration = Duration::from_micros(50);
+/// After so long, others on the same thread have their turn.
+pub const SPIN_STRETCH: Duration = Duration::from_micros(250);
+/// Pause after a request that did not come while it was looked for; doubled with each.
+pub const SPIN_FIRST_PAUSE: Duration = Duration::from_millis(1);
+/// The longest of these pauses.
+pub const SPIN_LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// Extents in one BLOCK_STATUS reply, for each context.
 pub const MAX_STATUS_EXTENTS: usize = 8192;
 

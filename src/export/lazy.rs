@@ -48,7 +48,7 @@ pub(super) struct Inner {
     pub(super) clients: AtomicUsize,
     /// A long read has had the store's holes looked for.
     pub(super) holes_looked_for: AtomicBool,
-    complete: watch::Receiver<PullState>,
+    pub(super) complete: watch::Receiver<PullState>,
     /// Keeps the state of a local image, which is always complete.
     _local_state: watch::Sender<PullState>,
     links: Option<Arc<Links>>,

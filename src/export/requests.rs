@@ -14,6 +14,7 @@ use super::lazy::{Inner, LazyExport};
 use super::mutation::{self, Mutation};
 use super::status::errno_of;
 use crate::fetch::{Class, Fetched, Fetcher};
+use crate::pull::PullState;
 use crate::units::{BlockRange, ByteRange};
 
 impl Export for LazyExport {
@@ -128,6 +129,10 @@ impl Export for LazyExport {
                 contexts::answer(&self.inner, context, ByteRange::at(offset, length), max_extents)
             }
         }
+    }
+
+    fn is_busy(&self) -> bool {
+        *self.inner.complete.borrow() == PullState::Pulling
     }
 
     fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync> {

@@ -40,6 +40,19 @@ async fn without_background_exactly_the_asked_blocks_are_fetched() {
     assert_eq!((status.pull, status.dirty_bytes), (PullState::Off, 0));
 }
 
+#[tokio::test]
+async fn connections_do_not_spin_while_the_pull_runs() {
+    let source = Source::new(Source::pattern(SIZE));
+    source.close_valve();
+    let lab = Lab::new(source, quiet).await;
+    assert!(!lab.export.is_busy());
+    lab.export.set_background(true);
+    assert!(lab.export.is_busy());
+    lab.source.let_through(100);
+    complete(&lab.export).await;
+    assert!(!lab.export.is_busy());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixty_four_clients_reading_one_block_make_one_fetch() {
     let lab = Lab::new(Source::new(Source::pattern(SIZE)), quiet).await;

@@ -13,9 +13,9 @@ use super::{ClientError, Reconnect};
 use crate::address::Address;
 use crate::limits::HANDSHAKE_TIME;
 use crate::proto::client::{Goal, Negotiated, Negotiation, Outcome, Plan};
-use crate::server::splice::Transport;
 use crate::socket::{tune_tcp, tune_unix};
 use crate::tls::{ClientTls, MaybeTls, TlsClient, TlsError};
+use crate::transport::Transport;
 use crate::uri::NbdUri;
 use crate::wire::{Framing, ServerEntry};
 

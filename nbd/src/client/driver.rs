@@ -26,7 +26,7 @@ use crate::limits::{
 };
 use crate::output::Output;
 use crate::proto::client::{Completion, Negotiated, Operation, ProtocolError, Refusal, Reply, Session};
-use crate::server::splice::Transport;
+use crate::transport::Transport;
 
 /// How a request ended: answered, or the connection died before.
 pub(super) type Ending = Result<Result<Reply, Refusal>, ClientError>;

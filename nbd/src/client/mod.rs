@@ -22,8 +22,8 @@ use self::reconnect::{Dial, Redial};
 use crate::export::{Extent, ZeroMode};
 use crate::limits::{CLIENT_LONGEST_PIECE, CLIENT_PIECES_IN_FLIGHT, CLIENT_QUEUE, MAX_PAYLOAD};
 use crate::proto::client::{Operation, Refusal, Reply, Session};
-use crate::server::splice::Transport;
 use crate::tls::MaybeTls;
+use crate::transport::Transport;
 use crate::uri::NbdUri;
 use crate::wire::{Command, Framing, TransmissionFlags};
 

@@ -12,7 +12,8 @@ use bytes::{Buf, BytesMut};
 use super::driver::Waiter;
 use crate::limits::{STREAM_PIECE, STREAM_SPLICE_MIN};
 use crate::proto::client::Session;
-use crate::server::splice::{Pipe, Transport};
+use crate::server::splice::Pipe;
+use crate::transport::Transport;
 
 /// Takes the content of a read ([`super::Client::read_to`]), on the connection's own task, which it must not hold up.
 /// Pieces come once each and together are the whole range, in any order; none of them, or some, if the read fails.

@@ -7,12 +7,13 @@
 //! Requests are taken while replies are waiting to be sent, so that a peer that writes without reading does not block
 //! itself, but only up to the bounds of [`crate::limits`]; then the connection stops receiving until there is room.
 
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::ops::Range;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
@@ -23,8 +24,10 @@ use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Share;
+use super::client_end::ClientEnd;
 use super::flight::{Done, InFlight, Status, Work, cost};
-use super::splice::{Pipe, Transport};
+use super::patience::Patience;
+use super::splice::Pipe;
 use super::{Draining, Ended, ServeOptions, ServerError};
 use crate::export::{Answer, Export, ReadAnswer, Spliced, ZeroMode};
 use crate::limits::{
@@ -61,14 +64,26 @@ pub(super) struct Connection<S> {
     /// Set when the client has left.
     left: Option<Ended>,
     status_buffer: Vec<u8>,
+    /// Whether to wait for the next request.
+    patience: Patience,
+    /// Polled again in any case.
+    yielding: bool,
+    /// Requests taken since the last receive.
+    taken: usize,
     /// For large reads, as soon as there is one.
     pipe: Option<Pipe>,
     /// Tells the export when the client leaves.
     _guard: Box<dyn Send + Sync>,
 }
 
-impl<S: Transport> Connection<S> {
-    pub(super) fn new(stream: S, input: BytesMut, entered: Entered, share: Share) -> Connection<S> {
+impl<S: ClientEnd> Connection<S> {
+    pub(super) fn new(
+        stream: S,
+        input: BytesMut,
+        entered: Entered,
+        share: Share,
+        spin_time: Duration,
+    ) -> Connection<S> {
         Connection {
             stream,
             input,
@@ -89,6 +104,9 @@ impl<S: Transport> Connection<S> {
             phase: Phase::Serving,
             left: None,
             status_buffer: Vec::new(),
+            patience: Patience::new(spin_time),
+            yielding: false,
+            taken: 0,
             pipe: None,
             _guard: entered.export.clone().client_entered(),
             export: entered.export,
@@ -130,6 +148,16 @@ impl<S: Transport> Connection<S> {
 
     /// Works until there is nothing to do (`Pending`), or until the connection's phase has changed or it is finished.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServerError>> {
+        loop {
+            let worked = self.work(cx);
+            if worked.is_ready() || std::mem::take(&mut self.yielding) || !self.stream.watch()? {
+                return worked;
+            }
+        }
+    }
+
+    /// The same; the task may not be woken by what the client sends.
+    fn work(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServerError>> {
         let phase = self.phase;
         loop {
             let more = if self.phase == Phase::Finishing { false } else { self.take_requests(cx)? };
@@ -152,8 +180,7 @@ impl<S: Transport> Connection<S> {
             if self.phase == Phase::Finishing {
                 return Poll::Pending;
             }
-            self.make_space();
-            match poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input)? {
+            match self.poll_receive(cx)? {
                 Poll::Ready(0) => {
                     self.left = Some(Ended::Closed);
                     self.phase = Phase::Finishing;
@@ -171,10 +198,46 @@ impl<S: Transport> Connection<S> {
         }
     }
 
+    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        self.make_space();
+        if !self.patience.is_possible() {
+            return poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input);
+        }
+        let lone = self.phase == Phase::Serving && self.is_idle() && self.taken <= 1;
+        let mut wait = None;
+        if lone {
+            let now = Instant::now();
+            wait = self.patience.idle(now).filter(|_| !self.export.is_busy());
+            if wait.is_some() && self.patience.must_yield(now) {
+                yield_to_others(cx);
+                self.yielding = true;
+                return Poll::Pending;
+            }
+        } else {
+            self.patience.busy();
+        }
+        self.stream.wait_until(wait.as_ref().map(|(until, _)| *until));
+        let received = poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input);
+        match &received {
+            Poll::Ready(_) if lone => self.patience.came(Instant::now(), wait.is_some()),
+            Poll::Pending if wait.is_some() => self.patience.missed(Instant::now()),
+            _ => {}
+        }
+        if received.is_ready() {
+            self.taken = 0;
+        }
+        received
+    }
+
+    /// Nothing is to be done or sent.
+    fn is_idle(&self) -> bool {
+        self.in_flight.is_empty() && self.output.is_empty()
+    }
+
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let pipe = &self.pipe;
         self.output.poll_send_with(&mut self.stream, cx, |stream, cx, length| match (pipe, stream.socket()) {
-            (Some(pipe), Some(socket)) => pipe.poll_send(&socket, cx, length),
+            (Some(pipe), Some(socket)) => pipe.poll_send(socket, cx, length),
             _ => Poll::Ready(Err(io::ErrorKind::Unsupported.into())),
         })
     }
@@ -226,6 +289,7 @@ impl<S: Transport> Connection<S> {
                 self.phase = Phase::Finishing;
                 return Ok(false);
             }
+            self.taken += 1;
             self.take(incoming);
         }
     }
@@ -430,6 +494,12 @@ impl<S: Transport> Connection<S> {
     fn answer(&mut self, request: &Request, result: Result<(), Errno>) {
         self.output.extend(&reply::finished(self.rules.framing, request, result));
     }
+}
+
+/// Lets other tasks run, and the runtime see what has happened to their streams, before this one is polled again.
+fn yield_to_others(cx: &mut Context<'_>) {
+    // It is `Pending` the first time.
+    let _ = pin!(tokio::task::yield_now()).poll(cx);
 }
 
 /// Takes the payload of a BLOCK_STATUS, if it has one: the request gets the length of its range, and the ids of the

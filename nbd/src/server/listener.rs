@@ -10,7 +10,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::splice::Transport;
+use super::socket::ClientSocket;
 use super::unix_path::{UnixPath, bind_owned_unix};
 use super::{ServeOptions, serve_admitted};
 use crate::address::Address;
@@ -130,17 +130,17 @@ impl Listener {
         tracker.wait().await;
     }
 
-    async fn accept(&self) -> io::Result<Box<dyn Transport>> {
+    async fn accept(&self) -> io::Result<ClientSocket> {
         match &self.socket {
             Socket::Unix(listener) => {
                 let (stream, _) = listener.accept().await?;
                 tune_unix(&stream);
-                Ok(Box::new(stream))
+                ClientSocket::new(stream.into_std()?)
             }
             Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept().await?;
                 tune_tcp(&stream);
-                Ok(Box::new(stream))
+                ClientSocket::new(stream.into_std()?)
             }
         }
     }

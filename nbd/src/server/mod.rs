@@ -5,10 +5,13 @@
 //! `connection.rs` is the transmission phase; `unix_path.rs` gives a Unix socket its path.
 
 mod budget;
+mod client_end;
 mod connection;
 mod flight;
 pub mod listener;
 mod negotiate;
+mod patience;
+mod socket;
 pub(crate) mod splice;
 pub mod unix_path;
 
@@ -16,16 +19,16 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::budget::Share;
+use self::client_end::{ClientEnd, Opaque};
 use self::connection::Connection;
 use self::negotiate::{Client, negotiate};
-use self::splice::Transport;
 use crate::export::Exports;
-use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES};
+use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES, SPIN_TIME};
 use crate::proto::server::{HandshakeError, TlsMode};
 use crate::tls::{TlsError, TlsServer};
 use crate::wire::WireError;
@@ -58,6 +61,10 @@ pub struct ServeOptions {
     pub max_connections: usize,
     /// Connections of one listener in the handshake at a time.
     pub max_handshakes: usize,
+    /// How long a connection looks for the next request of a client that asks one thing after the other, before its task
+    /// sleeps: such a client is answered sooner, for the price of a processor while it is active. Zero: not at all; longer than
+    /// [`SPIN_STRETCH`](crate::limits::SPIN_STRETCH) it never is.
+    pub spin_time: Duration,
     /// What all connections with a clone of these options may have in flight together.
     pub budget: Arc<Budget>,
     /// Whether clients may or must encrypt.
@@ -102,6 +109,7 @@ impl Default for ServeOptions {
             draining: Draining::default(),
             max_connections: MAX_CONNECTIONS,
             max_handshakes: MAX_HANDSHAKES,
+            spin_time: SPIN_TIME,
             budget: Arc::default(),
             tls: TlsPolicy::default(),
         }
@@ -153,9 +161,9 @@ pub async fn serve_connection<S>(
     shutdown: CancellationToken,
 ) -> Result<Ended, ServerError>
 where
-    S: Transport,
+    S: AsyncRead + AsyncWrite + Unpin + Send,
 {
-    serve_admitted(stream, exports, options, shutdown, async {}).await
+    serve_admitted(Opaque(stream), exports, options, shutdown, async {}).await
 }
 
 /// As [`serve_connection`]; the client enters transmission when `admission` is ready, whose value is kept to its end.
@@ -167,7 +175,7 @@ async fn serve_admitted<S, A>(
     admission: A,
 ) -> Result<Ended, ServerError>
 where
-    S: Transport,
+    S: ClientEnd,
     A: Future,
 {
     let out_of_time = async {
@@ -190,7 +198,7 @@ where
     let name = entered.name.clone();
     tracing::debug!(export = name, framing = ?entered.framing, "a client has entered transmission");
     let share = Share::of(options.budget.clone());
-    let ended = Connection::new(stream, input, entered, share).run(options, shutdown).await;
+    let ended = Connection::new(stream, input, entered, share, options.spin_time).run(options, shutdown).await;
     tracing::debug!(export = name, ?ended, "a client has left");
     ended
 }

@@ -9,100 +9,12 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll, ready};
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
-use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, Interest};
-use tokio::net::{TcpStream, UnixStream};
 
+use super::socket::ClientSocket;
 use crate::limits::{SPLICE_PIPE, SPLICE_PIPE_SMALL};
-use crate::tls::{ClientStream, MaybeTls, ServerStream};
-
-/// A byte stream to the other side. A type of your own needs no more than `impl Transport for It {}`.
-pub trait Transport: AsyncRead + AsyncWrite + Unpin + Send {
-    /// The socket, if what is written to the stream goes there as it is, and what is read comes from there as it is.
-    fn socket(&self) -> Option<Socket<'_>> {
-        None
-    }
-}
-
-/// A socket that takes pages and gives them.
-pub enum Socket<'a> {
-    /// Of the Unix domain.
-    Unix(&'a UnixStream),
-    /// Of the internet domain.
-    Tcp(&'a TcpStream),
-}
-
-impl Transport for UnixStream {
-    fn socket(&self) -> Option<Socket<'_>> {
-        Some(Socket::Unix(self))
-    }
-}
-
-impl Transport for TcpStream {
-    fn socket(&self) -> Option<Socket<'_>> {
-        Some(Socket::Tcp(self))
-    }
-}
-
-impl Transport for DuplexStream {}
-
-impl<T: Transport + ?Sized> Transport for Box<T> {
-    fn socket(&self) -> Option<Socket<'_>> {
-        (**self).socket()
-    }
-}
-
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transport for ServerStream<S> {}
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Transport for ClientStream<S> {}
-
-impl<S: Transport> Transport for MaybeTls<S> {
-    fn socket(&self) -> Option<Socket<'_>> {
-        match self {
-            MaybeTls::Plain(stream) => stream.socket(),
-            MaybeTls::Client(_) | MaybeTls::Server(_) => None,
-        }
-    }
-}
-
-impl Socket<'_> {
-    fn poll_write_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self {
-            Socket::Unix(stream) => stream.poll_write_ready(cx),
-            Socket::Tcp(stream) => stream.poll_write_ready(cx),
-        }
-    }
-
-    fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self {
-            Socket::Unix(stream) => stream.poll_read_ready(cx),
-            Socket::Tcp(stream) => stream.poll_read_ready(cx),
-        }
-    }
-
-    fn splice_to(&self, pipe: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
-        let splice = |socket: BorrowedFd<'_>| {
-            let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
-            splice(socket, None, pipe, None, length, flags).map_err(io::Error::from)
-        };
-        match self {
-            Socket::Unix(stream) => stream.try_io(Interest::READABLE, || splice(stream.as_fd())),
-            Socket::Tcp(stream) => stream.try_io(Interest::READABLE, || splice(stream.as_fd())),
-        }
-    }
-
-    fn splice_from(&self, pipe: BorrowedFd<'_>, length: usize) -> io::Result<usize> {
-        let splice = |socket: BorrowedFd<'_>| {
-            let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
-            splice(pipe, None, socket, None, length, flags).map_err(io::Error::from)
-        };
-        match self {
-            Socket::Unix(stream) => stream.try_io(Interest::WRITABLE, || splice(stream.as_fd())),
-            Socket::Tcp(stream) => stream.try_io(Interest::WRITABLE, || splice(stream.as_fd())),
-        }
-    }
-}
+use crate::transport::Socket;
 
 /// Where pages wait for the socket.
 pub(crate) struct Pipe {
@@ -140,7 +52,7 @@ impl Pipe {
         self.read.as_fd()
     }
 
-    /// Moves up to `length` bytes from the socket into it, which must be empty; 0 at the end of the stream.
+    /// Moves up to `length` bytes from a socket into it, which must be empty; 0 at the end of the stream.
     pub(crate) fn poll_receive(
         &self,
         socket: &Socket<'_>,
@@ -150,8 +62,7 @@ impl Pipe {
         loop {
             ready!(socket.poll_read_ready(cx))?;
             match socket.splice_to(self.write.as_fd(), length.min(self.capacity)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 moved => return Poll::Ready(moved),
             }
         }
@@ -160,17 +71,14 @@ impl Pipe {
     /// Moves up to `length` bytes that are in it to the socket.
     pub(super) fn poll_send(
         &self,
-        socket: &Socket<'_>,
+        socket: &mut ClientSocket,
         cx: &mut Context<'_>,
         length: usize,
     ) -> Poll<io::Result<usize>> {
-        loop {
-            ready!(socket.poll_write_ready(cx))?;
-            match socket.splice_from(self.read.as_fd(), length) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) if error.raw_os_error() == Some(Errno::EINTR as i32) => {}
-                moved => return Poll::Ready(moved),
-            }
-        }
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        // Less than was asked for does not mean that the socket is full.
+        socket.poll_send_with(cx, 0, |socket| {
+            splice(&self.read, None, socket, None, length, flags).map_err(io::Error::from)
+        })
     }
 }
