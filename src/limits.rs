@@ -23,7 +23,13 @@ pub const BACKGROUND_WINDOW_MAX: u64 = 32 << 20;
 pub const BACKGROUND_QUEUE_DELAY: Duration = Duration::from_millis(3);
 
 /// The largest background request while clients fetch, in bytes.
-pub const BACKGROUND_PIECE: u64 = 256 << 10;
+pub const BACKGROUND_PIECE_MAX: u64 = 256 << 10;
+
+/// The smallest, on slow links.
+pub const BACKGROUND_PIECE_MIN: u64 = 32 << 10;
+
+/// What a link carries in this time is a background request while clients fetch.
+pub const BACKGROUND_PIECE_TIME: Duration = Duration::from_millis(4);
 
 /// How long the background pull goes on keeping out of the way after a demand fetch.
 pub const DEMAND_REST: Duration = Duration::from_millis(5);

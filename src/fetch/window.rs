@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use crate::limits::{
-    BACKGROUND_PIECE, BACKGROUND_QUEUE_DELAY, BACKGROUND_WINDOW_MAX, BACKGROUND_WINDOW_MIN, BACKGROUND_WINDOW_START,
-    DEMAND_REST, MAX_FETCH,
+    BACKGROUND_PIECE_MAX, BACKGROUND_PIECE_MIN, BACKGROUND_PIECE_TIME, BACKGROUND_QUEUE_DELAY, BACKGROUND_WINDOW_MAX,
+    BACKGROUND_WINDOW_MIN, BACKGROUND_WINDOW_START, DEMAND_REST, MAX_FETCH,
 };
 
 /// How often the path is measured anew.
@@ -74,8 +74,9 @@ impl Window {
     pub fn room(&self, now: Duration, demand_waits: bool) -> Room {
         let rested_at = self.demand_at.map(|at| at + DEMAND_REST).filter(|at| now < *at);
         if demand_waits || rested_at.is_some() {
-            let window = self.held_by_the_link().min(self.bytes) + 2 * BACKGROUND_PIECE;
-            return Room { window, piece: BACKGROUND_PIECE, more_at: rested_at.filter(|_| !demand_waits) };
+            let piece = self.piece();
+            let window = self.held_by_the_link().min(self.bytes) + 2 * piece;
+            return Room { window, piece, more_at: rested_at.filter(|_| !demand_waits) };
         }
         let window = if self.probing.is_some() { BACKGROUND_WINDOW_MIN } else { self.bytes };
         Room { window, piece: MAX_FETCH, more_at: None }
@@ -122,6 +123,12 @@ impl Window {
         }
     }
 
+    /// Short enough to be no obstacle.
+    fn piece(&self) -> u64 {
+        let carried = (self.rate * BACKGROUND_PIECE_TIME.as_secs_f64()) as u64;
+        if carried == 0 { BACKGROUND_PIECE_MAX } else { carried.clamp(BACKGROUND_PIECE_MIN, BACKGROUND_PIECE_MAX) }
+    }
+
     /// Bytes that are on their way when nothing queues: rate times delay, the delay without the time that a request takes
     /// to pass.
     fn held_by_the_link(&self) -> u64 {
@@ -166,7 +173,7 @@ mod tests {
     fn a_slow_link_gets_a_small_window_and_a_long_one_a_large() {
         let (slow, under_demand) = settle(10 << 10, MS, MINUTES);
         assert!(slow <= 6 << 20, "10 MB/s: {slow}");
-        assert!(under_demand.window <= 768 << 10, "nothing may queue: {under_demand:?}");
+        assert!(under_demand.window <= 128 << 10, "nothing may queue: {under_demand:?}");
         let (long, under_demand) = settle(100 << 10, MS * 200, MINUTES);
         assert!(long >= 16 << 20, "100 MB/s at 200 ms: {long}");
         assert!(under_demand.window >= 14 << 20, "the link holds 20 MB: {under_demand:?}");
@@ -182,7 +189,7 @@ mod tests {
     fn demand_makes_it_small_and_for_a_while_after() {
         let mut window = Window { bytes: 8 << 20, probing: None, ..Window::default() };
         let full = Room { window: 8 << 20, piece: MAX_FETCH, more_at: None };
-        let small = Room { window: 2 * BACKGROUND_PIECE, piece: BACKGROUND_PIECE, more_at: None };
+        let small = Room { window: 2 * BACKGROUND_PIECE_MAX, piece: BACKGROUND_PIECE_MAX, more_at: None };
         assert_eq!((window.room(MS, false), window.room(MS, true)), (full, small));
         window.demanded(MS);
         assert_eq!(window.room(MS * 2, false), Room { more_at: Some(MS + DEMAND_REST), ..small });

@@ -1,6 +1,9 @@
 //! What the pull has landed goes to the disk while it goes on, not all at the end: the sync that makes a pull complete has
 //! little left to do, and the pull never fills memory with dirty pages, behind which the writes of everybody wait.
 //!
+//! It does not stay in memory either: who has use for a block has fetched it, and a pull of a large disk would push out
+//! what the host's programs use. (Pages that are used again and again also are the fast ones, on a virtual machine.)
+//!
 //! This is about time alone. Nothing counts as durable before a sync of the store has said so.
 
 use std::sync::Arc;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, SpliceFFlags, fallocate, splice};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, SpliceFFlags, fallocate, posix_fadvise, splice};
 use nix::unistd::{Whence, lseek};
 
 use super::{Durable, Store};
@@ -192,8 +192,16 @@ impl Store for FileStore {
 
     fn write_out(&self, range: ByteRange, wait: bool) -> io::Result<()> {
         match sync_file_range(&self.file, range, wait) {
+            Ok(()) => {
+                if wait {
+                    // Advice: nobody minds if it is not taken.
+                    let (start, length) = (range.start as i64, range.len() as i64);
+                    let _ = posix_fadvise(&self.file, start, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+                }
+                Ok(())
+            }
             // A file system or a device that does not know it.
-            Ok(()) | Err(Errno::EINVAL | Errno::ENOSYS | Errno::ESPIPE | Errno::EOPNOTSUPP) => Ok(()),
+            Err(Errno::EINVAL | Errno::ENOSYS | Errno::ESPIPE | Errno::EOPNOTSUPP) => Ok(()),
             Err(errno) => {
                 // The kernel tells an error once: a later fdatasync would succeed.
                 self.sync_failed.store(true, Ordering::Release);

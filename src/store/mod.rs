@@ -77,8 +77,8 @@ pub trait Store: Send + Sync + 'static {
     /// Writes all of `data` at `offset`.
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
 
-    /// Has what was written to a range written to the disk; with `wait`, and waits until it is there. Proves nothing: only
-    /// [`Store::sync`] does. After an error the next sync fails.
+    /// Has what was written to a range written to the disk; with `wait`, and waits until it is there, and lets go of it in memory.
+    /// Proves nothing: only [`Store::sync`] does. After an error the next sync fails.
     fn write_out(&self, _range: ByteRange, _wait: bool) -> io::Result<()> {
         Ok(())
     }
