@@ -576,5 +576,8 @@ impl FetchQueue {
 }
 
 #[cfg(test)]
+#[path = "queue_race_tests.rs"]
+mod race_tests;
+#[cfg(test)]
 #[path = "queue_tests.rs"]
 mod tests;
