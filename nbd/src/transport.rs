@@ -7,6 +7,7 @@ use std::task::{Context, Poll};
 use nix::fcntl::{SpliceFFlags, splice};
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, Interest};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_util::either::Either;
 
 use crate::tls::{ClientStream, MaybeTls, ServerStream};
 
@@ -39,6 +40,15 @@ impl Transport for TcpStream {
 }
 
 impl Transport for DuplexStream {}
+
+impl<L: Transport, R: Transport> Transport for Either<L, R> {
+    fn socket(&self) -> Option<Socket<'_>> {
+        match self {
+            Either::Left(stream) => stream.socket(),
+            Either::Right(stream) => stream.socket(),
+        }
+    }
+}
 
 impl<T: Transport + ?Sized> Transport for Box<T> {
     fn socket(&self) -> Option<Socket<'_>> {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use ::nbd::client::{ConnectOptions, negotiate};
 use ::nbd::export::Exports;
-use ::nbd::server::{Draining, ServeOptions, serve_connection};
+use ::nbd::server::{Draining, ServeOptions, serve_socket};
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
@@ -24,7 +24,7 @@ const SEND_BUFFER: usize = 4 << 20;
 #[derive(Debug)]
 pub struct Ends {
     /// For the NBD server.
-    pub server: UnixStream,
+    pub server: StdStream,
     /// To be kept by the server's task for as long as it runs.
     pub hang_up: HangUp,
     /// For the client: to be negotiated on, then for [`Link::new`].
@@ -61,7 +61,7 @@ impl Ends {
         Ok(Self {
             hang_up: HangUp(server.try_clone()?),
             witness: Witness(server.try_clone()?),
-            server: UnixStream::from_std(server)?,
+            server,
             client: UnixStream::from_std(client)?,
         })
     }
@@ -83,7 +83,7 @@ impl Link {
         let export = name.to_owned();
         tasks.spawn(async move {
             let _hang_up = hang_up;
-            if let Err(error) = serve_connection(server, exports, &options, shutdown).await {
+            if let Err(error) = serve_socket(server, exports, &options, shutdown).await {
                 tracing::warn!(export, "the connection to the device has ended: {error}");
             }
         });

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use super::lazy::LazyExport;
 use crate::limits::{UNWRITTEN_MAX, UNWRITTEN_MIN};
 
-/// What one round is to take at most.
+/// What one round is to take at most, on a disk that can do it.
 const ROUND: Duration = Duration::from_millis(2);
 /// Little that was written waits this long for its round.
 const INTERVAL: Duration = Duration::from_millis(100);
@@ -33,6 +33,8 @@ pub(super) struct Pace {
     unwritten: AtomicU64,
     /// At so many bytes a write waits for the next round; `u64::MAX`: none waits.
     limit: AtomicU64,
+    /// The shortest round that had something to write out, in nanoseconds: what the disk takes however little it is.
+    shortest: AtomicU64,
     /// A round may be due.
     written: Notify,
     rounds: watch::Sender<Rounds>,
@@ -63,6 +65,7 @@ impl Pace {
             on: AtomicBool::new(false),
             unwritten: AtomicU64::new(0),
             limit: AtomicU64::new(u64::MAX),
+            shortest: AtomicU64::new(u64::MAX),
             written: Notify::new(),
             rounds: watch::Sender::default(),
         }
@@ -120,13 +123,25 @@ impl Pace {
         bytes
     }
 
+    /// What a round is to take. On a disk whose shortest takes longer (one that turns), half of it is for the bytes: a
+    /// writer there keeps half of the disk's speed.
+    fn target(&self) -> Duration {
+        match self.shortest.load(Ordering::Acquire) {
+            u64::MAX => ROUND,
+            shortest => ROUND.max(Duration::from_nanos(shortest) * 2),
+        }
+    }
+
     /// A round has ended.
     fn end(&self, bytes: u64, took: Duration, paced: bool) {
+        if bytes > 0 {
+            self.shortest.fetch_min(took.as_nanos() as u64, Ordering::AcqRel);
+        }
         if paced {
             let limit = match self.limit.load(Ordering::Acquire) {
                 // The first round writes out what lay there before.
                 u64::MAX => UNWRITTEN_MIN,
-                limit => next_limit(limit, bytes, took),
+                limit => next_limit(limit, bytes, took, self.target()),
             };
             self.limit.store(limit, Ordering::Release);
         }
@@ -134,13 +149,13 @@ impl Pace {
     }
 }
 
-/// The limit after a round of so many bytes: what would have taken [`ROUND`], in steps of a factor of two.
-fn next_limit(limit: u64, bytes: u64, took: Duration) -> u64 {
+/// The limit after a round of so many bytes: what would have taken as long as it is to take, in steps of a factor of two.
+fn next_limit(limit: u64, bytes: u64, took: Duration, target: Duration) -> u64 {
     // Of less than half the limit a short round says nothing.
-    if took <= ROUND && bytes < limit / 2 {
+    if took <= target && bytes < limit / 2 {
         return limit;
     }
-    let fitting = u128::from(bytes) * ROUND.as_nanos() / took.as_nanos().max(1);
+    let fitting = u128::from(bytes) * target.as_nanos() / took.as_nanos().max(1);
     let fitting = u64::try_from(fitting).unwrap_or(u64::MAX);
     fitting.clamp(limit / 2, limit * 2).clamp(UNWRITTEN_MIN, UNWRITTEN_MAX)
 }
@@ -152,6 +167,7 @@ impl Running {
     fn start(export: &LazyExport) -> Running {
         let pace = &export.inner.pace;
         pace.rounds.send_replace(Rounds::default());
+        pace.shortest.store(u64::MAX, Ordering::SeqCst);
         pace.on.store(true, Ordering::SeqCst);
         Running(export.clone())
     }
@@ -219,13 +235,27 @@ mod tests {
     #[test]
     fn the_limit_follows_what_a_round_takes() {
         let limit = 4 * UNWRITTEN_MIN;
-        assert_eq!(next_limit(limit, limit, ROUND * 4), limit / 2, "by half at most");
-        assert_eq!(next_limit(limit, limit, ROUND / 8), limit * 2, "twofold at most");
-        assert_eq!(next_limit(limit, limit, ROUND * 4 / 3), limit * 3 / 4);
-        assert_eq!(next_limit(limit, limit / 4, ROUND / 8), limit, "too little to tell");
-        assert_eq!(next_limit(UNWRITTEN_MIN, 1, ROUND * 100), UNWRITTEN_MIN);
-        assert_eq!(next_limit(UNWRITTEN_MAX, UNWRITTEN_MAX, MILLISECOND), UNWRITTEN_MAX);
-        assert_eq!(next_limit(limit, 0, Duration::ZERO), limit);
+        assert_eq!(next_limit(limit, limit, ROUND * 4, ROUND), limit / 2, "by half at most");
+        assert_eq!(next_limit(limit, limit, ROUND / 8, ROUND), limit * 2, "twofold at most");
+        assert_eq!(next_limit(limit, limit, ROUND * 4 / 3, ROUND), limit * 3 / 4);
+        assert_eq!(next_limit(limit, limit / 4, ROUND / 8, ROUND), limit, "too little to tell");
+        assert_eq!(next_limit(UNWRITTEN_MIN, 1, ROUND * 100, ROUND), UNWRITTEN_MIN);
+        assert_eq!(next_limit(UNWRITTEN_MAX, UNWRITTEN_MAX, MILLISECOND, ROUND), UNWRITTEN_MAX);
+        assert_eq!(next_limit(limit, 0, Duration::ZERO, ROUND), limit);
+    }
+
+    #[test]
+    fn a_disk_that_turns_is_written_to_at_half_its_speed() {
+        // 20 ms for anything, and 100 bytes a microsecond.
+        let took = |bytes: u64| MILLISECOND * 20 + Duration::from_micros(bytes / 100);
+        let pace = Pace::new();
+        pace.end(0, Duration::ZERO, true);
+        for _ in 0..50 {
+            let bytes = pace.limit.load(Ordering::SeqCst);
+            pace.end(bytes, took(bytes), true);
+        }
+        let limit = pace.limit.load(Ordering::SeqCst);
+        assert!((1_500_000..4_500_000).contains(&limit), "{limit}");
     }
 
     /// Memory whose syncs wait for permits.

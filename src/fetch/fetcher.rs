@@ -128,7 +128,7 @@ impl Fetcher {
                     wanted.into_iter().flat_map(|part| self.disk.map.missing_in(part)).collect();
                 if let Some(ticket) = state.queue.request(&missing, class) {
                     waiting = Some(self.wait_for(&mut state, ticket));
-                    if class == Class::Demand {
+                    if class == Class::Demand && self.background() {
                         state.order.hint(blocks);
                     }
                 }
@@ -272,7 +272,7 @@ impl Fetcher {
         let mut state = self.lock();
         let next = match lane {
             LaneKind::Demand => self.next_demand(&mut state, carrier, now),
-            LaneKind::Background(_) => self.next_background(&mut state, carrier, now),
+            LaneKind::Background(index) => self.next_background(&mut state, index, carrier, now),
         };
         if let Next::Send(Outgoing { cargo: Cargo::Bytes, class, .. }) = &next {
             let counter = if *class == Class::Background {
@@ -299,7 +299,7 @@ impl Fetcher {
         }
     }
 
-    fn next_background(&self, state: &mut State, carrier: Carrier, now: Duration) -> Next {
+    fn next_background(&self, state: &mut State, lane: usize, carrier: Carrier, now: Duration) -> Next {
         if !self.background() {
             return Next::Wait(None);
         }
@@ -315,7 +315,9 @@ impl Fetcher {
         if state.backlog.is_full() {
             return Next::Wait(None);
         }
-        if flying > 0 && flying + room.piece > room.window {
+        // While clients fetch, one connection pulls: the other's thread is theirs.
+        let is_spare = lane > 0 && room.piece < MAX_FETCH;
+        if is_spare || (flying > 0 && flying + room.piece > room.window) {
             self.held_back.store(true, Ordering::Release);
             return Next::Wait(room.more_at);
         }

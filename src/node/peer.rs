@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
-use nbd::server::{ServeOptions, serve_connection};
+use nbd::server::{ServeOptions, serve_connection, serve_socket};
 use tokio_util::sync::CancellationToken;
 
 use super::disk::Role;
@@ -32,7 +32,15 @@ impl PeerService for Service {
     fn serve_nbd(&self, from: Caller, stream: PeerStream, stop: CancellationToken) -> BoxFuture<'_, ()> {
         let exports = Arc::new(MigrationExports { node: self.0.clone(), caller: from });
         Box::pin(async move {
-            if let Err(error) = serve_connection(stream, exports, &ServeOptions::default(), stop).await {
+            let options = ServeOptions::default();
+            let served = match stream {
+                PeerStream::Left(socket) => match socket.into_std() {
+                    Ok(socket) => serve_socket(socket, exports, &options, stop).await,
+                    Err(error) => Err(error.into()),
+                },
+                PeerStream::Right(stream) => serve_connection(stream, exports, &options, stop).await,
+            };
+            if let Err(error) = served {
                 tracing::debug!(error = chain(&error), "a data connection ended");
             }
         })

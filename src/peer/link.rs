@@ -12,13 +12,14 @@ use nbd::address::Address;
 use nbd::tls::{Identity, TlsClient, TlsError, TlsServer};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+use tokio_util::either::Either;
 
 use super::{PREAMBLE_BYTES, tune};
 use crate::error::{Failure, Outcome, chain};
 use crate::upstream::Stream;
 
-/// A connection between nodes.
-pub type PeerStream = Box<dyn Stream>;
+/// A connection between nodes: plain, or encrypted.
+pub type PeerStream = Either<TcpStream, Box<dyn Stream>>;
 
 /// This host's certificates, for both directions.
 #[derive(Clone, Debug)]
@@ -67,10 +68,10 @@ impl PeerAddress {
         let stream = TcpStream::connect(&self.address).await?;
         tune(&stream)?;
         let mut stream: PeerStream = match &self.secured {
-            None => Box::new(stream),
+            None => Either::Left(stream),
             Some((tls, name)) => {
                 let secured = tls.connect(name, stream).await;
-                Box::new(secured.map_err(|error| io::Error::other(chain(&error)))?)
+                Either::Right(Box::new(secured.map_err(|error| io::Error::other(chain(&error)))?))
             }
         };
         stream.write_all(preamble).await?;

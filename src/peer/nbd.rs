@@ -22,7 +22,7 @@ impl PeerDialer {
 
 impl Dialer for PeerDialer {
     fn dial(&self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>> {
-        Box::pin(self.address.dial(PREAMBLE_NBD))
+        Box::pin(async { Ok(Box::new(self.address.dial(PREAMBLE_NBD).await?) as Box<dyn Stream>) })
     }
 
     fn describe(&self) -> String {

@@ -17,6 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::codec::Framed;
+use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -91,7 +92,7 @@ async fn introduce(
 ) -> io::Result<(PeerStream, Caller, [u8; PREAMBLE_BYTES])> {
     tune(&stream)?;
     let (mut stream, identity): (PeerStream, _) = match tls {
-        None => (Box::new(stream), None),
+        None => (Either::Left(stream), None),
         Some(tls) => {
             let stream = tls.accept(stream).await.map_err(|error| {
                 // The operator of the other host sees no more than a connection that ends.
@@ -99,7 +100,7 @@ async fn introduce(
                 io::Error::other(error)
             })?;
             let identity = Identity::of_client(&stream);
-            (Box::new(stream), Some(identity))
+            (Either::Right(Box::new(stream)), Some(identity))
         }
     };
     let mut preamble = [0; PREAMBLE_BYTES];

@@ -63,7 +63,11 @@ impl Waiter {
         match self {
             // A caller that went away needs no reply.
             Waiter::Future(sender) => drop(sender.send(ending)),
-            Waiter::Call(call) | Waiter::Stream(_, call) => call(ending),
+            Waiter::Call(call) => call(ending),
+            Waiter::Stream(sink, call) => {
+                drop(sink);
+                call(ending);
+            }
         }
     }
 

@@ -207,7 +207,7 @@ impl Client {
     }
 
     /// Reads `length` bytes, which must be one request's at most ([`ClientInfo::longest_request`]), into a sink as they
-    /// come. `then` is called when all of them have been given to it, or with why not; otherwise as
+    /// come. `then` is called when all of them have been given to it and it is dropped, or with why not; otherwise as
     /// [`Client::read_then`].
     pub fn read_to(
         &self,

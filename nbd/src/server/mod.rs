@@ -27,6 +27,7 @@ use self::budget::Share;
 use self::client_end::{ClientEnd, Opaque};
 use self::connection::Connection;
 use self::negotiate::{Client, negotiate};
+use self::socket::ClientSocket;
 use crate::export::Exports;
 use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES, SPIN_TIME};
 use crate::proto::server::{HandshakeError, TlsMode};
@@ -164,6 +165,22 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     serve_admitted(Opaque(stream), exports, options, shutdown, async {}).await
+}
+
+/// As [`serve_connection`], over a socket as it is: large reads go from the page cache to it without a copy, and a client
+/// that asks one thing after the other is answered without the task's falling asleep in between.
+///
+/// # Errors
+/// As [`serve_connection`]; and a socket that cannot be watched.
+pub async fn serve_socket(
+    socket: impl Into<socket2::Socket>,
+    exports: Arc<dyn Exports>,
+    options: &ServeOptions,
+    shutdown: CancellationToken,
+) -> Result<Ended, ServerError> {
+    let socket = socket.into();
+    socket.set_nonblocking(true)?;
+    serve_admitted(ClientSocket::new(socket)?, exports, options, shutdown, async {}).await
 }
 
 /// As [`serve_connection`]; the client enters transmission when `admission` is ready, whose value is kept to its end.
