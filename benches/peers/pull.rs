@@ -119,6 +119,19 @@ fn scan(lab: &Lab, from: &str, size: u64) -> Pulled {
     }
 }
 
+/// Who pulls, and how.
+type Contender<'a> = (&'static str, &'a dyn Fn() -> Pulled);
+
+/// All of them once, and again, with fresh memory each time.
+fn in_turns(lab: &Lab, contenders: &[Contender], mut each: impl FnMut(&'static str, Pulled)) {
+    for _ in 0..lab.scope.runs {
+        for (name, pull) in contenders {
+            lab.prime();
+            each(name, pull());
+        }
+    }
+}
+
 /// Random data into memory: rates, and what they cost.
 pub fn to_memory(lab: &Lab, report: &mut Report) {
     let size = lab.scope.pulled;
@@ -132,23 +145,20 @@ pub fn to_memory(lab: &Lab, report: &mut Report) {
     // 48 MiB and the map: two bits of each block of 4 KiB, live and durable.
     let map = size as f64 / 4096.0 * 4.0 / 8.0 / MIB as f64;
     let mut memory = Row::new("memory of it, at most", "MiB", Better::Lower, Bar::Fixed(48.0 + map));
-    for _ in 0..lab.scope.runs {
-        for (name, pull) in [
-            (OURS, &(|| ours(lab.in_memory(), &source.uri)) as &dyn Fn() -> Pulled),
-            (CONVERT, &|| convert(&lab.in_memory(), &source.uri, false)),
-            (COPY, &|| copy(&lab.in_memory(), &source.uri, false)),
-            (STREAM, &|| stream(lab.in_memory(), source.port, size, false)),
-            (SCAN, &|| scan(lab, &source.uri, size)),
-        ] {
-            lab.prime();
-            let pulled = pull();
-            rate.add(name, mib / pulled.seconds);
-            cpu.add(name, pulled.cpu);
-            if let Some(mib) = pulled.memory {
-                memory.add(name, mib);
-            }
+    let contenders: &[Contender] = &[
+        (OURS, &|| ours(lab.in_memory(), &source.uri)),
+        (CONVERT, &|| convert(&lab.in_memory(), &source.uri, false)),
+        (COPY, &|| copy(&lab.in_memory(), &source.uri, false)),
+        (STREAM, &|| stream(lab.in_memory(), source.port, size, false)),
+        (SCAN, &|| scan(lab, &source.uri, size)),
+    ];
+    in_turns(lab, contenders, |name, pulled| {
+        rate.add(name, mib / pulled.seconds);
+        cpu.add(name, pulled.cpu);
+        if let Some(mib) = pulled.memory {
+            memory.add(name, mib);
         }
-    }
+    });
     report.extend([rate, cpu, memory]);
 }
 
@@ -159,17 +169,15 @@ pub fn to_disk(lab: &Lab, report: &mut Report) {
     let source = Server::nbdkit_file(lab, Way::Tcp, &image);
     let gib = size as f64 / GIB as f64;
     let mut row = Row::new(format!("pull {gib} GiB to disk, durable"), "s", Better::Lower, Bar::Times(1.0, COPY));
-    for _ in 0..lab.scope.runs {
-        for (name, pull) in [
-            (OURS, &(|| ours(lab.on_disk(), &source.uri)) as &dyn Fn() -> Pulled),
-            (CONVERT, &|| convert(&lab.on_disk(), &source.uri, true)),
-            (COPY, &|| copy(&lab.on_disk(), &source.uri, true)),
-            (STREAM, &|| stream(lab.on_disk(), source.port, size, true)),
-        ] {
-            lab.prime();
-            row.add(name, pull().seconds);
-        }
-    }
+    let contenders: &[Contender] = &[
+        (OURS, &|| ours(lab.on_disk(), &source.uri)),
+        (CONVERT, &|| convert(&lab.on_disk(), &source.uri, true)),
+        (COPY, &|| copy(&lab.on_disk(), &source.uri, true)),
+        (STREAM, &|| stream(lab.on_disk(), source.port, size, true)),
+    ];
+    in_turns(lab, contenders, |name, pulled| {
+        row.add(name, pulled.seconds);
+    });
     report.extend([row]);
 }
 
@@ -185,19 +193,16 @@ pub fn sparse(lab: &Lab, report: &mut Report) {
     // A file system may need some more for its own blocks.
     let bar = allocated(&image) as f64 / MIB as f64 * 1.01;
     let mut space = Row::new("space that it takes", "MiB", Better::Lower, Bar::Fixed(bar));
-    for _ in 0..lab.scope.runs {
-        for (name, pull) in [
-            (OURS, &(|| ours(lab.in_memory(), &source.uri)) as &dyn Fn() -> Pulled),
-            (CONVERT, &|| convert(&lab.in_memory(), &source.uri, false)),
-            (COPY, &|| copy(&lab.in_memory(), &source.uri, false)),
-            (STREAM, &|| stream(lab.in_memory(), source.port, size, false)),
-        ] {
-            lab.prime();
-            let pulled = pull();
-            row.add(name, pulled.seconds);
-            space.add(name, pulled.allocated as f64 / MIB as f64);
-        }
-    }
+    let contenders: &[Contender] = &[
+        (OURS, &|| ours(lab.in_memory(), &source.uri)),
+        (CONVERT, &|| convert(&lab.in_memory(), &source.uri, false)),
+        (COPY, &|| copy(&lab.in_memory(), &source.uri, false)),
+        (STREAM, &|| stream(lab.in_memory(), source.port, size, false)),
+    ];
+    in_turns(lab, contenders, |name, pulled| {
+        row.add(name, pulled.seconds);
+        space.add(name, pulled.allocated as f64 / MIB as f64);
+    });
     report.extend([row, space]);
 }
 
@@ -209,16 +214,14 @@ pub fn encrypted(lab: &Lab, report: &mut Report) {
     let (mib, gib) = ((size / MIB) as f64, size as f64 / GIB as f64);
     let name = format!("pull {gib} GiB to memory, TLS");
     let mut row = Row::new(name, "MiB/s", Better::Higher, Bar::Times(1.2, CONVERT));
-    for _ in 0..lab.scope.runs {
-        for (name, pull) in [
-            (OURS, &(|| ours(lab.in_memory(), &source.uri)) as &dyn Fn() -> Pulled),
-            (CONVERT, &|| convert_encrypted(&lab.in_memory(), source.port)),
-            (COPY, &|| copy(&lab.in_memory(), &source.uri, false)),
-        ] {
-            lab.prime();
-            row.add(name, mib / pull().seconds);
-        }
-    }
+    let contenders: &[Contender] = &[
+        (OURS, &|| ours(lab.in_memory(), &source.uri)),
+        (CONVERT, &|| convert_encrypted(&lab.in_memory(), source.port)),
+        (COPY, &|| copy(&lab.in_memory(), &source.uri, false)),
+    ];
+    in_turns(lab, contenders, |name, pulled| {
+        row.add(name, mib / pulled.seconds);
+    });
     report.extend([row]);
 }
 
