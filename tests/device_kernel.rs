@@ -63,6 +63,7 @@ impl Disk {
             let disk = disk.clone();
             Box::pin(async move {
                 let Ends { server, hang_up, client, witness } = Ends::new()?;
+                let server = UnixStream::from_std(server)?;
                 let stop = CancellationToken::new();
                 *disk.stop.lock().unwrap() = stop.clone();
                 tokio::spawn(async move {
