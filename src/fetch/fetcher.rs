@@ -16,7 +16,7 @@ use super::lane::Carriage;
 use super::queue::{Cargo, Carrier, ClaimId, Claimed, Class, FetchQueue, FlightId, Outgoing, Ticket};
 use super::stats::{FaultStats, PullCounters};
 use super::window::Window;
-use super::write_out::{Backlog, Bell};
+use super::write_out::Backlog;
 use crate::limits::{BACKGROUND_CONNECTIONS, DEMAND_WINDOW, MAX_FETCH, RETRY_MIN};
 use crate::pull::{PullOrder, PullState};
 use crate::store::Disk;
@@ -54,7 +54,8 @@ pub struct Fetcher {
     /// The background waits for the end of demand.
     pub(super) held_back: AtomicBool,
     background_wake: [Notify; BACKGROUND_CONNECTIONS],
-    pub(super) write_out_bell: Bell,
+    /// There is enough for a batch.
+    pub(super) write_out_due: Notify,
     all_present: Notify,
     pull_state: watch::Sender<PullState>,
     /// Bytes fetched and skipped.
@@ -102,7 +103,7 @@ impl Fetcher {
             demand: Mutex::default(),
             held_back: AtomicBool::new(false),
             background_wake: Default::default(),
-            write_out_bell: Bell::default(),
+            write_out_due: Notify::new(),
             all_present: Notify::new(),
             pull_state: watch::Sender::new(first),
             counters: PullCounters::default(),

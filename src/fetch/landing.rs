@@ -90,7 +90,7 @@ impl Fetcher {
         if flight.class == Class::Background && flight.cargo == Cargo::Bytes {
             state.window.answered(now, took, length);
             if state.backlog.landed(self.disk.block_size.bytes_of(flight.range, self.disk.size())) {
-                self.write_out_bell.ring();
+                self.write_out_due.notify_one();
             }
         }
         self.note_landing(&mut state, flight, result, now);

@@ -8,7 +8,6 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::fetcher::Fetcher;
@@ -50,23 +49,13 @@ impl Backlog {
     }
 }
 
-/// Rings when there is enough for a batch.
-#[derive(Default)]
-pub(super) struct Bell(Notify);
-
-impl Bell {
-    pub(super) fn ring(&self) {
-        self.0.notify_one();
-    }
-}
-
 /// Runs until it is cancelled. A batch is begun before the one before it is waited for, so that the disk always has one.
 pub(crate) async fn run(fetcher: Arc<Fetcher>, cancel: CancellationToken) {
     let mut before: Vec<ByteRange> = Vec::new();
     loop {
         tokio::select! {
             () = cancel.cancelled() => return,
-            () = fetcher.write_out_bell.0.notified() => {}
+            () = fetcher.write_out_due.notified() => {}
         }
         let batch = fetcher.with_backlog(Backlog::begin);
         let (disk, next) = (fetcher.disk().clone(), batch.clone());
@@ -85,8 +74,8 @@ pub(crate) async fn run(fetcher: Arc<Fetcher>, cancel: CancellationToken) {
             backlog.is_full()
         });
         if full {
-            // By what was begun just now: nothing more lands, and nobody would ring.
-            fetcher.write_out_bell.ring();
+            // By what was begun just now: nothing more lands, and nobody would say so.
+            fetcher.write_out_due.notify_one();
         }
         fetcher.wake_background();
     }

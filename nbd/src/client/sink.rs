@@ -51,9 +51,6 @@ pub(super) fn take_from(session: &mut Session<Waiter>, input: &mut BytesMut) -> 
             input.advance(there as usize);
         }
         session.taken(there);
-        if there < u32::MAX && session.payload().is_none() {
-            return false;
-        }
     }
     false
 }
