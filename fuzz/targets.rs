@@ -9,6 +9,7 @@ use lazy_migrate::block_map::codec::{self, Header, PAGE_BYTES};
 use lazy_migrate::container::image_stream::{Frame, MAX_FRAME};
 use lazy_migrate::limits::PEER_FRAME_BYTES;
 use lazy_migrate::migration::record::{self, Record};
+use lazy_migrate::peer::hello::{Hello, HelloAnswer};
 use lazy_migrate::peer::{ImagesHead, Request, Response, codec as framing};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -82,6 +83,8 @@ fn message(json: &[u8]) {
     survives::<Request>(json);
     survives::<Response>(json);
     survives::<ImagesHead>(json);
+    survives::<Hello>(json);
+    survives::<HelloAnswer>(json);
 }
 
 fn survives<T: Serialize + DeserializeOwned + PartialEq + std::fmt::Debug>(json: &[u8]) {

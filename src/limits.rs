@@ -37,6 +37,9 @@ pub const DEMAND_REST: Duration = Duration::from_millis(5);
 /// Bytes of demand fetches in flight.
 pub const DEMAND_WINDOW: u64 = 64 << 20;
 
+/// Reads of one export that wait for the local disk at a time, each on a thread.
+pub const DISK_READS: usize = 32;
+
 /// Connections to the upstream for the background pull (demand has one of its own).
 pub const BACKGROUND_CONNECTIONS: usize = 2;
 
@@ -59,7 +62,8 @@ pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often that is looked at.
 pub const REPLY_LOOK: Duration = Duration::from_secs(5);
 
-/// How long the background pull waits for the upstream's maps before it starts without them.
+/// How long the background pull waits for the upstream's heat, and for each answer about its zeroes, before it goes on
+/// without.
 pub const MAPS_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long the background pull pauses when the store takes no more bytes, before it tries again.
@@ -76,6 +80,9 @@ pub const PERSIST_EVERY: Duration = Duration::from_secs(10);
 
 /// The length of one BLOCK_STATUS request when the upstream's maps are read, in bytes.
 pub const STATUS_SPAN: u64 = 1 << 30;
+
+/// How many of them are on their way at a time.
+pub const STATUS_SPANS_AHEAD: usize = 4;
 
 /// Zero extents of the upstream that are remembered; those beyond are pulled like data.
 pub const MAX_ZERO_EXTENTS: usize = 1 << 20;
@@ -144,6 +151,21 @@ pub const PEER_CHECKSUM_BLOCKS: u64 = 4096;
 
 /// The most disks of a node.
 pub const NODE_DISKS: usize = 4096;
+
+/// Events that a node remembers; older ones are in the files of their disks.
+pub const EVENTS_KEPT: usize = 4096;
+
+/// The length at which a disk's file of events is put aside, in bytes; one that was put aside is kept.
+pub const EVENTS_FILE_BYTES: u64 = 4 << 20;
+
+/// Samples in the history of one disk.
+pub const HISTORY_SAMPLES: usize = 720;
+
+/// Cells of a picture of a disk's map.
+pub const MAP_CELLS: usize = 4096;
+
+/// Answers for the page that are made at a time.
+pub const WEB_REQUESTS: usize = 8;
 
 /// The largest question to the control API, in bytes.
 pub const CONTROL_BODY_BYTES: usize = 64 << 10;

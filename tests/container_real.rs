@@ -19,7 +19,7 @@ use lazy_migrate::container::{
 use net::Net;
 use tokio_util::sync::CancellationToken;
 
-const TCP: CheckpointOptions = CheckpointOptions { tcp_established: true };
+const TCP: CheckpointOptions = CheckpointOptions { tcp_established: true, rounds: 0 };
 
 #[tokio::test]
 async fn a_dump_leaves_the_container_frozen_and_it_goes_on_without_a_gap() {

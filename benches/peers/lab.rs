@@ -104,7 +104,8 @@ impl Lab {
         path
     }
 
-    fn warm_up(&self, path: &Path, data: &[std::ops::Range<u64>]) {
+    /// Has the page cache hold these ranges of a file.
+    pub fn warm_up(&self, path: &Path, data: &[std::ops::Range<u64>]) {
         let mut file = File::open(path).expect("the image");
         let mut buffer = vec![0; MIB as usize];
         for range in data {

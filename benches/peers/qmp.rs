@@ -53,6 +53,7 @@ impl Streamer {
         ]);
         let process = Background::start("qemu-storage-daemon", "qemu-system-common", &arguments);
         wait_for_socket(Path::new(&socket));
+        wait_for_socket(Path::new(&monitor));
         let stream = UnixStream::connect(&monitor).expect("QEMU's monitor");
         stream.set_read_timeout(Some(Duration::from_secs(300))).expect("a timeout");
         let mut streamer = Streamer {

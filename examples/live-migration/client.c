@@ -1,6 +1,6 @@
 /* The client that talks to the service all the while, over one TCP connection, and measures what a user would notice.
  *
- *   client IP REPLY_TIMEOUT_MS
+ *   client IP REPLY_TIMEOUT_MS [FILE]
  *
  * Sends a numbered line, waits for its reply, pauses for 50 ms, and so on. Ends by SIGTERM with one line of JSON:
  *   replies         how many replies came
@@ -8,6 +8,7 @@
  *   connections     how often it had to connect; 1 means that the connection lived through all
  *   longest_gap_ms  the longest time between a reply and the next one
  *   last_number     the highest number that the service called durable
+ * FILE gets a line for each reply: when it came, in milliseconds since 1970, and what it took.
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -91,9 +92,14 @@ static int ask(int socket, unsigned long request, int64_t deadline, unsigned lon
 
 int main(int argc, char **argv) {
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(9000)};
-    if (argc != 3 || inet_pton(AF_INET, argv[1], &address.sin_addr) != 1) {
-        fprintf(stderr, "usage: client IP REPLY_TIMEOUT_MS\n");
+    if (argc < 3 || argc > 4 || inet_pton(AF_INET, argv[1], &address.sin_addr) != 1) {
+        fprintf(stderr, "usage: client IP REPLY_TIMEOUT_MS [FILE]\n");
         return 2;
+    }
+    FILE *replies_file = argc > 3 ? fopen(argv[3], "w") : NULL;
+    if (argc > 3 && !replies_file) {
+        perror(argv[3]);
+        return 1;
     }
     int64_t timeout = atoll(argv[2]), last = -1, longest = 0;
     unsigned long request = 0, replies = 0, lost = 0, connections = 0, highest = 0;
@@ -111,8 +117,14 @@ int main(int argc, char **argv) {
             continue;
         }
         unsigned long number = 0;
-        if (ask(socket, ++request, now_ms() + timeout, &number)) {
+        int64_t asked = now_ms();
+        if (ask(socket, ++request, asked + timeout, &number)) {
             int64_t now = now_ms();
+            if (replies_file) {
+                struct timespec t;
+                clock_gettime(CLOCK_REALTIME, &t);
+                fprintf(replies_file, "%lld %lld\n", (long long)t.tv_sec * 1000 + t.tv_nsec / 1000000, (long long)(now - asked));
+            }
             if (last >= 0 && now - last > longest) longest = now - last;
             last = now;
             replies++;
@@ -126,6 +138,7 @@ int main(int argc, char **argv) {
             socket = -1;
         }
     }
+    if (replies_file) fclose(replies_file);
     /* A gap that is still open counts as well. */
     if (last >= 0 && now_ms() - last > longest) longest = now_ms() - last;
     printf("{\"replies\":%lu,\"lost\":%lu,\"connections\":%lu,\"longest_gap_ms\":%lld,\"last_number\":%lu}\n", replies, lost,

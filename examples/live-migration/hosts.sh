@@ -9,6 +9,10 @@ declare -A node_pid=()
 client_pid=''
 # More options for both nodes, and how fast the link towards B is (as tc says it; without it, as fast as it can).
 serve_options=() link_rate=''
+# How large a file the service overwrites all the while, and how many pages of it each 20 ms; 0: none.
+churn_mib=0 churn_pages=0
+# How many MiB of memory the service holds, most of them quiet; 0: next to none.
+memory_mib=0
 
 say() {
   local ms=$((($(date +%s%N) - start) / 1000000))
@@ -137,6 +141,7 @@ make_root() {
     python3 -c 'import random, sys
 for _ in range(int(sys.argv[1])): sys.stdout.buffer.write(random.randbytes(1 << 20))' "$((mib / 3))" >"$1/data/$file"
   done
+  [ "$churn_mib" = 0 ] || head -c "${churn_mib}M" "$1/data/0" >"$1/churn"
 }
 
 # make_bundle HOST ROOT
@@ -144,8 +149,8 @@ make_bundle() {
   local bundle=$work/$1/bundles/web
   mkdir -p "$bundle"
   (cd "$bundle" && runc spec)
-  jq --arg root "$2" --arg netns "/run/netns/$prefix-c$1" --arg cgroup "/$prefix-$1/web" '
-    .root = {path: $root, readonly: false} | .process.terminal = false | .process.args = ["/service", "10.77.0.10"]
+  jq --arg root "$2" --arg netns "/run/netns/$prefix-c$1" --arg cgroup "/$prefix-$1/web" --arg pages "$churn_pages" --arg memory "$memory_mib" '
+    .root = {path: $root, readonly: false} | .process.terminal = false | .process.args = ["/service", "10.77.0.10", $pages, $memory]
     | .linux.cgroupsPath = $cgroup | .linux.namespaces |= map(select(.type != "cgroup"))
     | (.linux.namespaces[] | select(.type == "network")).path = $netns' "$bundle/config.json" >"$bundle/new"
   mv "$bundle/new" "$bundle/config.json"
@@ -203,7 +208,7 @@ check_log() {
 }
 
 start_client() {
-  in_background client "$programs/client" 10.77.0.10 "$((fail_link ? 8000 : 60000))" >"$work/client.json" </dev/null &
+  in_background client "$programs/client" 10.77.0.10 "$((fail_link ? 8000 : 60000))" "$work/replies" >"$work/client.json" </dev/null &
   client_pid=$!
   wait_until 10 "the client cannot connect to the service" client_lives
 }

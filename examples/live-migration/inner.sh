@@ -7,6 +7,7 @@
 #   EXAMPLE_MIB (150): size of the files that the container holds
 #   EXAMPLE_SECONDS (3): how long it runs before the move
 #   EXAMPLE_LOGS: a directory that gets the nodes' logs
+#   EXAMPLE_REPORTS: a directory that gets what migrate answered, and both hosts' reports of the move, as pages and as JSON
 #
 #           hosta  10.78.0.1 --+              +-- 10.78.0.2  hostb          the two nodes, and the migration's link
 #                              +---- wire ----+
@@ -50,6 +51,13 @@ if [ "$fail_link" = 0 ]; then
   # Read from the disk, not from what was cached while it was being filled.
   sync -f "$work/b/mnt/web" && echo 3 >/proc/sys/vm/drop_caches
   (cd "$work/b/mnt/web/rootfs" && sha256sum --quiet -c "$work/sums" >&2) || { say "B: files differ"; verified=false; }
+  if [ -n "${EXAMPLE_REPORTS:-}" ]; then
+    cp "$work/migrate.json" "$EXAMPLE_REPORTS"
+    for host in a b; do
+      on "$host" report web --json >"$EXAMPLE_REPORTS/$host.json"
+      on "$host" report web --html "$EXAMPLE_REPORTS/$host.html" >&2
+    done
+  fi
   jq -c -n --slurpfile m "$work/migrate.json" --slurpfile c "$work/client.json" --argjson verified "$verified" '
     {frozen_ms: $m[0].frozen_ms, client_longest_gap_ms: $c[0].longest_gap_ms, client_lost: $c[0].lost,
      demand_fetches: $m[0].demand_fetches, pulled_bytes: $m[0].pulled_bytes, skipped_bytes: $m[0].skipped_bytes,

@@ -4,8 +4,12 @@
  * port 9000 with that line and the last number that is durable; and now and then it reads a random page of the files in
  * /data, of which it will never have touched more than a small part. So a lost write, a write done twice, a jump in time
  * and a disk that is not all there would all show.
+ * With a second argument it also overwrites so many random pages of /churn in each of these 20 ms, for nobody to read: a disk
+ * that is in use.
+ * With a third argument it holds so many MiB of memory. Of the first MiB it writes a page in each of these 20 ms; all of it is
+ * looked at again and again, and memory that is not as it was left ends the service.
  *
- *   service IP
+ *   service IP [PAGES [MIB]]
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -22,7 +26,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { TICK_MS = 20, TICKS_A_READ = 5, MAX_CLIENTS = 15, PAGE = 4096, LINE = 256 };
+enum { TICK_MS = 20, TICKS_A_READ = 5, MAX_CLIENTS = 15, PAGE = 4096, LINE = 256, WORDS = PAGE / 8, BUSY = 256, LOOKS = 64 };
 
 static void die(const char *what) {
     perror(what);
@@ -57,14 +61,50 @@ static unsigned long last_number(int log) {
     return strtoul(before ? before + 1 : tail, NULL, 10);
 }
 
-/* Reads a page of a file that is likely not to have been read before. */
-static void touch(int data, off_t size, uint64_t *random) {
-    char page[PAGE];
+static off_t some_page(off_t size, uint64_t *random) {
     *random ^= *random << 13;
     *random ^= *random >> 7;
     *random ^= *random << 17;
-    off_t offset = (off_t)(*random % (uint64_t)(size / PAGE)) * PAGE;
-    if (pread(data, page, PAGE, offset) != PAGE) die("cannot read /data/0");
+    return (off_t)(*random % (uint64_t)(size / PAGE)) * PAGE;
+}
+
+/* Reads a page of a file that is likely not to have been read before. */
+static void touch(int data, off_t size, uint64_t *random) {
+    char page[PAGE];
+    if (pread(data, page, PAGE, some_page(size, random)) != PAGE) die("cannot read /data/0");
+}
+
+static void overwrite(int churn, off_t size, long pages, uint64_t *random) {
+    for (uint64_t page[PAGE / 8]; pages > 0; pages--) {
+        off_t offset = some_page(size, random);
+        for (int i = 0; i < PAGE / 8; i++) page[i] = *random * (2 * i + 1);
+        if (pwrite(churn, page, PAGE, offset) != PAGE) die("cannot write /churn");
+    }
+}
+
+/* The memory: the first BUSY pages are written in turn, one a tick, the others never again. */
+static uint64_t *memory;
+static size_t held;
+
+static uint64_t quiet(size_t word) { return (word + 1) * 0x9e3779b97f4a7c15u; }
+
+static void hold(size_t mib) {
+    held = mib << 20 >> 12;
+    memory = aligned_alloc(PAGE, held * PAGE);
+    if (!memory) die("cannot hold the memory");
+    for (size_t word = 0; word < held * WORDS; word++) memory[word] = word < BUSY * WORDS ? 0 : quiet(word);
+}
+
+static void look(unsigned long number) {
+    uint64_t *page = memory + number % BUSY * WORDS;
+    /* Written a turn ago, or never since this began. */
+    if (page[0] && page[0] != number - BUSY) die("the memory is of another time");
+    page[0] = number;
+    for (size_t i = 0; i < LOOKS; i++) {
+        size_t at = BUSY + (number * LOOKS + i) % (held - BUSY);
+        for (size_t word = at * WORDS; word < (at + 1) * WORDS; word++)
+            if (memory[word] != quiet(word)) die("the memory has changed");
+    }
 }
 
 struct client {
@@ -90,8 +130,8 @@ static int answer(int socket, struct client *client, unsigned long number) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 2) {
-        fprintf(stderr, "usage: service IP\n");
+    if (argc < 2 || argc > 4) {
+        fprintf(stderr, "usage: service IP [PAGES [MIB]]\n");
         return 2;
     }
     int log = open("/log", O_RDWR | O_CREAT | O_APPEND, 0644);
@@ -100,6 +140,11 @@ int main(int argc, char **argv) {
     int data = open("/data/0", O_RDONLY);
     struct stat stat;
     if (data < 0 || fstat(data, &stat) != 0) die("cannot open /data/0");
+    long pages = argc > 2 ? atol(argv[2]) : 0;
+    if (argc > 3 && atol(argv[3]) > 1) hold(atol(argv[3]));
+    int churn = pages > 0 ? open("/churn", O_RDWR) : -1;
+    struct stat churned;
+    if (pages > 0 && (churn < 0 || fstat(churn, &churned) != 0)) die("cannot open /churn");
 
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(9000)};
     struct pollfd polls[1 + MAX_CLIENTS];
@@ -116,6 +161,8 @@ int main(int argc, char **argv) {
         int64_t left = next - now_ms();
         if (left <= 0) {
             append(log, ++number);
+            if (held) look(number);
+            if (pages > 0) overwrite(churn, churned.st_size, pages, &random);
             if (number % TICKS_A_READ == 0) touch(data, stat.st_size, &random);
             next = now_ms() + TICK_MS;
             continue;

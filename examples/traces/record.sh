@@ -2,12 +2,16 @@
 # Records the traces that examples/compare_orders.rs replays: what a disk with a Debian tree is asked for, before and
 # after a moment at which it would move. Needs root, nbdkit, nbdfuse, a C compiler and python3; takes a minute.
 #
-#   examples/traces/record.sh
+#   examples/traces/record.sh [DIR [NAME...]]
 #
+# DIR (here) gets the traces; NAME: only these of container-start, database and build.
 # The disk is nbdkit's (log filter), over FUSE and a loop device, with ext4. At the move it is unmounted and mounted again:
 # whatever the host had in its page cache does not move with a container.
 set -euo pipefail
 traces=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+into=$(realpath -e "${1:-$traces}")
+wanted=" ${*:2} "
+[ $# -ge 2 ] || wanted=' container-start database build '
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 work=$(mktemp -d)
 mkdir "$work/mnt" "$work/fuse" "$work/tree"
@@ -41,6 +45,7 @@ mount_disk() {
 # trace NAME SOURCE DESTINATION: what the container does before and after the move, in the tree.
 trace() {
   local name=$1 source=$2 destination=$3
+  [[ $wanted == *" $name "* ]] || return 0
   cp --sparse=always "$work/fresh.img" "$work/disk.img"
   mount_disk "$work/source.log"
   chroot "$work/mnt" /bin/sh -c "$source" >/dev/null
@@ -48,8 +53,8 @@ trace() {
   mount_disk "$work/destination.log"
   chroot "$work/mnt" /bin/sh -c "$destination" >/dev/null
   unmount
-  /usr/bin/python3 "$traces/condense.py" "$work/disk.img" "$work/source.log" "$work/destination.log" >"$traces/$name.trace"
-  wc -lc "$traces/$name.trace"
+  /usr/bin/python3 "$traces/condense.py" "$work/disk.img" "$work/source.log" "$work/destination.log" >"$into/$name.trace"
+  wc -lc "$into/$name.trace"
 }
 
 # The tree: a shell, python with its library, a C compiler with its headers, documents.
@@ -106,18 +111,22 @@ db.execute("create table t (id integer primary key, body blob)")
 db.executemany("insert into t values (?, ?)", ((i, random.randbytes(900)) for i in range(60000)))
 db.commit()
 PYTHON
-cp "$work/db.py" "$work/fill.py" "$work/tree/src"
-rm -f "$work/fresh.img"
-truncate -s 1G "$work/fresh.img"
-mke2fs -q -t ext4 -d "$work/tree" "$work/fresh.img"
-cp "$work/fresh.img" "$work/disk.img"
-mount_disk "$work/fill.log"
-chroot "$work/mnt" /usr/bin/python3 /src/fill.py
-unmount
-cp "$work/fresh.img" "$work/empty.img"
-cp "$work/disk.img" "$work/fresh.img"
-trace database 'python3 /src/db.py 2 600' 'python3 /src/db.py 3 600'
-mv "$work/empty.img" "$work/fresh.img"
+# Its tree is the other one with the filled database in it.
+database() {
+  cp "$work/db.py" "$work/fill.py" "$work/tree/src"
+  rm -f "$work/fresh.img"
+  truncate -s 1G "$work/fresh.img"
+  mke2fs -q -t ext4 -d "$work/tree" "$work/fresh.img"
+  cp "$work/fresh.img" "$work/disk.img"
+  mount_disk "$work/fill.log"
+  chroot "$work/mnt" /usr/bin/python3 /src/fill.py
+  unmount
+  cp "$work/fresh.img" "$work/empty.img"
+  cp "$work/disk.img" "$work/fresh.img"
+  trace database 'python3 /src/db.py 2 600' 'python3 /src/db.py 3 600'
+  mv "$work/empty.img" "$work/fresh.img"
+}
+[[ $wanted != *" database "* ]] || database
 
 # A build that is half done when it moves.
 # shellcheck disable=SC2016 # the shell in the tree expands it

@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use tokio::runtime::Handle;
 
 use crate::tls::Identity;
 use crate::wire::Errno;
@@ -131,7 +132,18 @@ pub trait Export: Send + Sync + 'static {
     }
 
     /// Writes `data` at `offset`.
+    ///
+    /// A long WRITE without FUA may come in pieces, which are cut at multiples of the preferred block and come in order,
+    /// each when its bytes have come: its client is answered when all are, with the first error that there is, after which
+    /// no further piece comes. If the client goes away in the middle, it is not answered, and no further piece comes.
     fn write(&self, offset: u64, data: Bytes, fua: bool) -> Answer<()>;
+
+    /// Writes the next `length` bytes that are in a pipe at `offset`, a piece of a long WRITE as described at
+    /// [`Export::write`]. `None`: not in this way, or not now, and the bytes are still in the pipe; they come to
+    /// [`Export::write`] then. Otherwise they are no longer in the pipe, however it ends.
+    fn write_pages(&self, _offset: u64, _length: usize, _pipe: BorrowedFd<'_>) -> Option<Answer<()>> {
+        None
+    }
 
     /// Makes every write that was answered before, on any connection, durable.
     fn flush(&self) -> Answer<()>;
@@ -149,10 +161,17 @@ pub trait Export: Send + Sync + 'static {
     /// not reach beyond `offset + length`. At most `max_extents` are returned (1 under NBD_CMD_FLAG_REQ_ONE).
     fn block_status(&self, context: &str, offset: u64, length: u64, max_extents: usize) -> Answer<Vec<Extent>>;
 
-    /// Whether the processors are wanted for other work of this export, so that its connections do not spend time on
-    /// waiting for a client's next request (see [`crate::server::ServeOptions::spin_time`]).
+    /// Whether the processors are wanted for other work of this export, so that its connections do not spend time on looking
+    /// for a client's next request.
     fn is_busy(&self) -> bool {
         false
+    }
+
+    /// The runtime on which its clients are to be served, once they are in the transmission phase: one thread of its own,
+    /// say, so that nothing has to be handed over between threads. `None`: where they were accepted. It must live as long
+    /// as the export.
+    fn home(&self) -> Option<Handle> {
+        None
     }
 
     /// A client has entered transmission; the guard is dropped when it leaves. For counting clients.

@@ -28,8 +28,9 @@ pub const MAX_REQUESTS_IN_FLIGHT: usize = 256;
 /// nothing else is in flight.
 pub const MAX_BYTES_IN_FLIGHT: usize = 64 << 20;
 /// Reply bytes of one connection that are waiting for the peer to read them; above, no further request is taken. One
-/// reply may go beyond it by its own size.
-pub const OUTPUT_HIGH_WATER: usize = 4 << 20;
+/// reply may go beyond it by its own size. What is made and not sent leaves the processor's cache: much of it makes
+/// encryption slow.
+pub const OUTPUT_HIGH_WATER: usize = 1 << 20;
 /// Requests in flight of all connections that share a [`crate::server::Budget`].
 pub const SERVER_REQUESTS_IN_FLIGHT: usize = 4096;
 /// Bytes that those connections hold: payloads, data of answers, and replies that wait to be read.
@@ -42,11 +43,13 @@ pub const SPLICE_READ_MIN: u32 = 64 << 10;
 pub const SPLICE_PIPE: i32 = 4 << 20;
 /// The same where that is beyond what the system allows.
 pub const SPLICE_PIPE_SMALL: i32 = 1 << 20;
+/// Writes from this length on are given to the export in pieces, as they come, in bytes.
+pub const PIECED_WRITE_MIN: u32 = 256 << 10;
+/// Such a piece, in bytes, where it is received into memory; the last one may be shorter.
+pub const WRITE_PIECE: usize = 128 << 10;
 /// How long a connection looks for the next request of a client that asks one thing after the other, before its task
 /// sleeps.
 pub const SPIN_TIME: Duration = Duration::from_micros(50);
-/// After so long, others on the same thread have their turn.
-pub const SPIN_STRETCH: Duration = Duration::from_micros(250);
 /// Pause after a request that did not come while it was looked for; doubled with each.
 pub const SPIN_FIRST_PAUSE: Duration = Duration::from_millis(1);
 /// The longest of these pauses.

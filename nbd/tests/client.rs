@@ -116,7 +116,8 @@ async fn long_requests_are_split() {
         *byte = (index / 4096 % 251) as u8;
     }
     let data = Bytes::from(data);
-    client.write(1, data.clone(), false).await.unwrap();
+    // With FUA the server gives each to the export as it is.
+    client.write(1, data.clone(), true).await.unwrap();
     assert!(client.read(1, data.len()).await.unwrap() == data);
     client.write_zeroes(0, size as u64, ZeroMode::default(), false).await.unwrap();
     let calls = export.calls();

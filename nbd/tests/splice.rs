@@ -9,13 +9,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bytes::Bytes;
+use common::plain::{Plain, Served};
 use common::within;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use nbd::address::Address;
 use nbd::client::{Client, ConnectOptions};
-use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, Spliced, ZeroMode};
+use nbd::export::{ExportInfo, ReadAnswer, Spliced};
 use nbd::memory::SingleExport;
 use nbd::server::{Listener, ServeOptions};
 use nbd::uri::NbdUri;
@@ -33,7 +33,7 @@ struct Pages {
     given: AtomicUsize,
 }
 
-impl Export for Pages {
+impl Plain for Pages {
     fn info(&self) -> ExportInfo {
         ExportInfo { size: SIZE as u64, read_only: true, ..ExportInfo::default() }
     }
@@ -57,34 +57,6 @@ impl Export for Pages {
         self.given.fetch_add(1, Ordering::Relaxed);
         Spliced::Whole
     }
-
-    fn write(&self, _: u64, _: Bytes, _: bool) -> Answer<()> {
-        Answer::Now(Err(Errno::EPERM))
-    }
-
-    fn flush(&self) -> Answer<()> {
-        Answer::Now(Ok(()))
-    }
-
-    fn trim(&self, _: u64, _: u64, _: bool) -> Answer<()> {
-        Answer::Now(Err(Errno::EPERM))
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64, _: ZeroMode, _: bool) -> Answer<()> {
-        Answer::Now(Err(Errno::EPERM))
-    }
-
-    fn cache(&self, _: u64, _: u64) -> Answer<()> {
-        Answer::Now(Ok(()))
-    }
-
-    fn block_status(&self, _: &str, _: u64, length: u64, _: usize) -> Answer<Vec<Extent>> {
-        Answer::Now(Ok(vec![Extent { length, flags: 0 }]))
-    }
-
-    fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync> {
-        Box::new(())
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -99,7 +71,7 @@ async fn pages_are_the_bytes_in_every_framing_and_in_their_order() {
     for address in [Address::Unix(dir.path().join("socket")), Address::Tcp { host: "127.0.0.1".into(), port: 0 }] {
         let listener = Listener::bind(&address).await.unwrap();
         let uri = NbdUri::new(listener.address().clone(), "disk");
-        let exports = Arc::new(SingleExport::new("disk", export.clone()));
+        let exports = Arc::new(SingleExport::new("disk", Arc::new(Served(export.clone()))));
         let served = tokio::spawn(listener.run(exports, ServeOptions::default(), stop.child_token()));
         for framing in [Framing::Simple, Framing::Structured, Framing::Extended] {
             let options = ConnectOptions { framing, ..ConnectOptions::default() };

@@ -164,6 +164,15 @@ impl BlockMap {
         (BlockIndex(at.min(end.0)), first.0, first.1)
     }
 
+    /// How many blocks of a range are present, and how many are dirty.
+    pub fn count_in(&self, range: BlockRange) -> (u64, u64) {
+        let range = BlockRange::new(range.start, range.end.min(BlockIndex(self.blocks)));
+        words(range).fold((0, 0), |(present, dirty), (word, mask)| {
+            let bits = |plane: &[AtomicU64]| u64::from((plane[word].load(Ordering::Relaxed) & mask).count_ones());
+            (present + bits(self.planes.present()), dirty + bits(self.planes.dirty()))
+        })
+    }
+
     /// Pages of the durable form that changed since they were last taken: the first `max` of them from page `from` on, in
     /// order. Whoever fails to persist them gives them back with [`BlockMap::mark_changed`].
     pub fn take_changed(&self, from: usize, max: usize) -> Vec<usize> {

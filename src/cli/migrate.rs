@@ -7,11 +7,12 @@ use serde_json::{Value, json};
 use super::answers::{Answer, bytes};
 use super::progress::Progress;
 use crate::control::api::{
-    MigrateAsk, MigrateEvent, MigrateReport, PrepareCommand, RollbackAsk, RollbackReport, VerifyReport,
+    Memory, MigrateAsk, MigrateEvent, MigrateReport, PrepareCommand, RollbackAsk, RollbackReport, VerifyReport,
 };
 use crate::control::client::ControlClient;
 use crate::control::status::DiskStatus;
 use crate::error::{Failure, Outcome};
+use crate::migration::phase::SourcePhase;
 use crate::migration::record::{LinkPolicy, OnLinkFailure};
 use crate::node::DiskName;
 
@@ -47,8 +48,37 @@ pub(super) struct MigrateArguments {
     /// Keep the container's TCP connections.
     #[arg(long)]
     tcp_established: bool,
+    /// When its memory is copied. `lazy` is not offered: docs/runtimes.md says why.
+    #[arg(long, value_enum, value_name = "WHEN", default_value = "frozen")]
+    memory: When,
     #[command(flatten)]
     link: LinkArguments,
+}
+
+/// When a container's memory is copied.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum When {
+    /// All of it while the container is frozen: the pause grows with it.
+    Frozen,
+    /// In rounds while it runs, then what it wrote since: a shorter pause, more bytes, and a moment's standstill each round.
+    Precopy,
+    /// After it runs at the destination: refused.
+    #[value(hide = true)]
+    Lazy,
+}
+
+impl When {
+    fn memory(self) -> Outcome<Memory> {
+        match self {
+            Self::Frozen => Ok(Memory::Frozen),
+            Self::Precopy => Ok(Memory::Precopy),
+            Self::Lazy => Err(Failure::usage(
+                "--memory lazy is not offered: when criu's page daemon dies at the destination, the container runs on with \
+                 zeroes for the memory that is missing, and criu serves the memory in clear to whoever connects; use \
+                 --memory precopy (docs/runtimes.md, \"Memory\", has what was found)",
+            )),
+        }
+    }
 }
 
 pub(super) async fn prepare(
@@ -83,8 +113,8 @@ pub(super) async fn cold_start(client: &ControlClient, answer: &Answer, name: Di
 }
 
 pub(super) async fn run(client: &ControlClient, answer: &Answer, arguments: MigrateArguments) -> Outcome<()> {
-    let MigrateArguments { name, to, container, runtime, tcp_established, link } = arguments;
-    let ask = MigrateAsk { to, container, runtime, tcp_established, policy: link.policy() };
+    let MigrateArguments { name, to, container, runtime, tcp_established, memory, link } = arguments;
+    let ask = MigrateAsk { to, container, runtime, tcp_established, memory: memory.memory()?, policy: link.policy() };
     let mut timeline = Timeline::new(&name);
     let path = format!("/v1/disks/{name}/migrate");
     let report: MigrateReport = client.stream(&path, &ask, |event| timeline.show(event)).await?;
@@ -138,6 +168,9 @@ pub(super) async fn rollback(
                 report.container.as_deref().map(|id| format!(", container {id} goes on")).unwrap_or_default()
             );
         }
+        if let Some(why) = nothing_to_take_back(&report) {
+            return format!("{name}: {} to {} at epoch {}; {why}", report.phase, report.peer, report.epoch);
+        }
         let when = if report.safe_now {
             "is safe now".to_string()
         } else {
@@ -158,6 +191,21 @@ pub(super) async fn rollback(
     })
 }
 
+/// Why a rollback makes no sense in this phase, and what does.
+fn nothing_to_take_back(report: &RollbackReport) -> Option<String> {
+    let name = &report.name;
+    let phase = |phase: SourcePhase| phase.name() == report.phase;
+    if phase(SourcePhase::HandedOver) {
+        None
+    } else if phase(SourcePhase::Released) {
+        Some(format!("there is no way back, it is the destination's for good: migrate it back from {}", report.peer))
+    } else if phase(SourcePhase::Preparing) || phase(SourcePhase::Frozen) {
+        Some(format!("nothing was handed over yet: `lazy-migrate cancel {name}` ends the migration"))
+    } else {
+        Some("it is this host's already".into())
+    }
+}
+
 /// Shows what happens while it happens.
 struct Timeline {
     name: String,
@@ -173,6 +221,9 @@ impl Timeline {
         let name = &self.name;
         match event {
             MigrateEvent::Prepared { at_ms } => eprintln!("{at_ms:>7} ms  {name}: prepared"),
+            MigrateEvent::Precopied { at_ms, round, image_bytes } => {
+                eprintln!("{at_ms:>7} ms  {name}: memory, round {round}, {}", bytes(image_bytes));
+            }
             MigrateEvent::Frozen { at_ms } => eprintln!("{at_ms:>7} ms  {name}: frozen"),
             MigrateEvent::Checkpointed { at_ms, image_bytes } => {
                 eprintln!("{at_ms:>7} ms  {name}: checkpoint is there, {}", bytes(image_bytes));

@@ -2,14 +2,25 @@
 
 mod allocator;
 mod answers;
+mod config;
+mod descriptors;
 mod disks;
+mod doctor;
+mod events;
 mod guard;
+mod in_podman;
+mod log;
+mod manual;
 mod migrate;
 mod progress;
+mod report;
+mod runtimes;
 mod serve;
 mod status;
+mod supervisor;
 mod tls;
 mod values;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,12 +63,15 @@ enum Process {
     Command(Box<Command>),
     /// Freeze a container when its lease ends; the node starts this by itself.
     Guard(guard::GuardArguments),
+    /// Stands in for podman's OCI runtime when a container is restored; podman is told to run it.
+    #[command(hide = true)]
+    InPodman(in_podman::InPodmanArguments),
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run this host's node: its exports, its control socket, its peer link.
-    Serve(serve::ServeArguments),
+    Serve(Box<serve::ServeArguments>),
     /// Make an existing image or block device an export, write-tracked.
     Add {
         /// The export's name.
@@ -142,10 +156,14 @@ enum Command {
     Status {
         /// The export [default: all].
         name: Option<DiskName>,
-        /// Show it again every second until interrupted.
+        /// Show it until interrupted: redrawn in place on a terminal, a line each second otherwise.
         #[arg(long)]
         watch: bool,
     },
+    /// Show what happened on the node, and what happens.
+    Events(events::EventsArguments),
+    /// Tell all that is known of an export's migration or pull, also after its end.
+    Report(report::ReportArguments),
     /// Compare all blocks that were not written since the handover with the source's.
     Verify {
         /// The export.
@@ -167,6 +185,8 @@ enum Command {
         /// The export.
         name: DiskName,
     },
+    /// Look at this host: is it fit to send and to receive containers, and if not, what to do? Exits with 1 if not.
+    Doctor(doctor::DoctorArguments),
     /// Certificates for nodes and NBD clients.
     #[command(subcommand)]
     Tls(tls::TlsCommand),
@@ -175,15 +195,15 @@ enum Command {
         /// For which shell.
         shell: clap_complete::Shell,
     },
-    /// Print the manual page.
-    Man,
+    /// Print the manual page, or write those of all commands.
+    Man(manual::ManArguments),
 }
 
 /// Runs the command that the process was called with.
 pub fn main() -> ExitCode {
-    // A reader that has gone (`| head`) is no error of ours.
-    let arguments = Arguments::parse();
-    match run(arguments) {
+    let command = Arguments::command();
+    let completed = config::complete(&command, std::env::args_os().collect(), config::DEFAULT_PATH.as_ref());
+    match completed.and_then(|arguments| run(Arguments::parse_from(arguments))) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("lazy-migrate: {failure}");
@@ -196,7 +216,13 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     let Arguments { control, json, process } = arguments;
     let command = match process {
         Process::Guard(arguments) => return guard::run(&arguments),
+        Process::InPodman(arguments) => return in_podman::run(&arguments),
         Process::Command(command) => *command,
+    };
+    // While this is the only thread, which it must be to change the environment.
+    let supervisor = match &command {
+        Command::Serve(_) => supervisor::Supervisor::of_environment(),
+        _ => supervisor::Supervisor::default(),
     };
     let mut runtime = match &command {
         Command::Serve(_) => tokio::runtime::Builder::new_multi_thread(),
@@ -209,7 +235,7 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
     let answer = answers::Answer { json };
     let outcome = runtime.block_on(async {
         match command {
-            Command::Serve(arguments) => serve::run(arguments, control).await,
+            Command::Serve(arguments) => serve::run(*arguments, control, supervisor).await,
             Command::Add { name, image } => disks::add(&client, &answer, name, image).await,
             Command::Pull { name, from, store, order, rate, no_background } => {
                 let ask = disks::pull_ask(name, from, store, order, rate, !no_background)?;
@@ -224,17 +250,21 @@ fn run(arguments: Arguments) -> Result<(), Failure> {
             Command::Migrate(arguments) => migrate::run(&client, &answer, arguments).await,
             Command::Wait { name, what, timeout } => status::wait(&client, &answer, name, what, timeout).await,
             Command::Status { name, watch } => status::run(&client, &answer, name, watch).await,
+            Command::Events(arguments) => events::run(&client, &answer, arguments).await,
+            Command::Report(arguments) => report::run(&client, &answer, arguments).await,
             Command::Verify { name } => migrate::verify(&client, &answer, name).await,
             Command::Rollback { name, plan, wait } => migrate::rollback(&client, &answer, name, plan, wait).await,
             Command::ColdStart { name } => migrate::cold_start(&client, &answer, name).await,
+            Command::Doctor(arguments) => doctor::run(&client, &answer, arguments).await,
             Command::Tls(command) => tls::run(command, &answer),
             Command::Completions { shell } => {
                 clap_complete::generate(shell, &mut Arguments::command(), "lazy-migrate", &mut std::io::stdout());
                 Ok(())
             }
-            Command::Man => clap_mangen::Man::new(Arguments::command())
-                .render(&mut std::io::stdout())
-                .map_err(|error| Failure::failed(format!("cannot print the manual page: {error}"))),
+            Command::Man(arguments) => {
+                let text = manual::run(&arguments, Arguments::command())?;
+                if text.is_empty() { Ok(()) } else { answer.print(&text, || text.trim_end().to_owned()) }
+            }
         }
     });
     // Blocking file work that was given up must not keep the process.

@@ -1,16 +1,16 @@
 //! `serve`: this host's node, in the foreground, until it is told to stop.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use nbd::address::Address;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
+use super::supervisor::Supervisor;
 use super::usage;
-use crate::container::{Runc, Runtime};
 use crate::control::api::PullAsk;
+use crate::control::client::ControlClient;
 use crate::error::{Failure, Outcome, chain};
 use crate::migration::driver::Runtimes;
 use crate::migration::lease::Timings;
@@ -18,9 +18,14 @@ use crate::node::{ClientRight, DiskName, NodeConfig, Running, is_private};
 use crate::peer::DEFAULT_PORT;
 use crate::peer::link::NodeTls;
 use crate::pull::Order;
+use crate::web::WebPage;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct ServeArguments {
+    /// A file with settings: TOML, keys named as these options. What is given here as well replaces the file's [default:
+    /// /etc/lazy-migrate/config.toml, where that exists and no --state-dir is given].
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Where everything is kept.
     #[arg(long, value_name = "DIR")]
     state_dir: PathBuf,
@@ -47,14 +52,17 @@ pub(super) struct ServeArguments {
     /// times.
     #[arg(long, value_name = "NAME[=EXPORT,...]", requires = "tls")]
     allow_client: Vec<ClientRight>,
+    /// Show all disks on a web page here, on loopback only and for looking only, for example 127.0.0.1:8080.
+    #[arg(long, value_name = "HOST:PORT")]
+    http: Option<String>,
     /// Make an image an export, as `add` does. May be given several times.
     #[arg(long, value_name = "NAME=IMAGE")]
     disk: Vec<String>,
     /// Make a lazily filled export, as `pull` does. May be given several times.
     #[arg(long, value_name = "NAME=NBD-URI")]
     pull: Vec<String>,
-    /// A runtime whose containers may move from and to this host, with the state directory that it is told by its --root,
-    /// if any.
+    /// A runtime whose containers may move from and to this host: runc, crun, podman, or hook with the file of its commands;
+    /// with its state directory, if that is not its own default. May be given several times.
     #[arg(long, value_name = "NAME[=PATH][,root=DIR]")]
     runtime: Vec<String>,
     /// Where this host's bundles are: DIR/CONTAINER holds the config.json that a container is restored with.
@@ -63,6 +71,10 @@ pub(super) struct ServeArguments {
     /// Where disks of containers that come here are mounted: DIR/NAME.
     #[arg(long, value_name = "DIR")]
     mount_dir: Option<PathBuf>,
+    /// What all disks together may pull in the background, in bytes per second, for example 100M. What a client waits for is
+    /// fetched at once all the same.
+    #[arg(long, value_name = "BYTES/s", value_parser = super::values::byte_count)]
+    pull_rate: Option<u64>,
     /// Freeze a container that came here when a read of its disk waits longer than this for the source, and let it go on when
     /// the data is here [default: it waits like a slow disk].
     #[arg(long, value_name = "TIME", value_parser = super::values::duration)]
@@ -70,24 +82,33 @@ pub(super) struct ServeArguments {
     /// How long a destination may run without hearing from here.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = super::values::duration)]
     lease: Duration,
+    /// How the log on stderr looks; RUST_LOG says how much is logged.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value = "text")]
+    log: super::log::Format,
 }
 
-pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<()> {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(super::answers::watched())
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env()
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .init();
+pub(super) async fn run(arguments: ServeArguments, control: PathBuf, supervisor: Supervisor) -> Outcome<()> {
+    super::log::begin(arguments.log);
     super::allocator::keep_pages();
+    super::descriptors::raise_limit();
+    if let Some(path) = &arguments.config {
+        tracing::info!(file = %path.display(), "settings");
+    }
     let pulls = arguments.pull.iter().map(|text| pair("--pull", text)).collect::<Outcome<Vec<_>>>()?;
-    let config = config(&arguments)?;
+    let config = config(&arguments, super::runtimes::runtimes(&arguments.runtime).await?)?;
     // Before anything is served, so that none is lost.
     let mut interrupt = signal(SignalKind::interrupt()).map_err(Failure::failed)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(Failure::failed)?;
+    let page = match &arguments.http {
+        Some(address) => Some(WebPage::bind(address).await?),
+        None => None,
+    };
     let running = Running::start(config, &control).await?;
+    let page_stop = CancellationToken::new();
+    let page = page.map(|page| {
+        tracing::info!(address = page.address().map(tracing::field::display), "the page is served");
+        tokio::spawn(page.serve(running.node.clone(), page_stop.clone()))
+    });
     let made = async {
         for (name, from) in pulls {
             let ask = PullAsk { name, from, store: None, order: Order::default(), rate: None, background: true };
@@ -98,7 +119,8 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
     let served = async {
         made.await?;
         tracing::info!(control = %control.display(), "ready");
-        std::future::pending().await
+        supervisor.ready();
+        supervisor.keep_told(&ControlClient::new(&control)).await
     };
     let outcome = tokio::select! {
         _ = interrupt.recv() => Ok(()),
@@ -106,11 +128,16 @@ pub(super) async fn run(arguments: ServeArguments, control: PathBuf) -> Outcome<
         outcome = served => outcome,
     };
     tracing::info!("stopping");
+    supervisor.stopping();
+    page_stop.cancel();
+    if let Some(page) = page {
+        let _ = page.await;
+    }
     running.stop().await;
     outcome
 }
 
-fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
+fn config(arguments: &ServeArguments, runtimes: Runtimes) -> Outcome<NodeConfig> {
     let tls = match &arguments.tls {
         Some(directory) => Some(NodeTls::load(directory).map_err(|error| {
             usage(format!(
@@ -138,21 +165,6 @@ fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
              writes the disks"
         );
     }
-    let mut runtimes: BTreeMap<String, Arc<dyn Runtime>> = BTreeMap::new();
-    for text in &arguments.runtime {
-        let (program, root) = match text.split_once(",root=") {
-            Some((program, root)) => (program, Some(PathBuf::from(root))),
-            None => (text.as_str(), None),
-        };
-        let (name, path) = program.split_once('=').unwrap_or((program, program));
-        if name != "runc" {
-            return Err(usage(format!("--runtime {text}: this version knows runc only")));
-        }
-        if root.as_ref().is_some_and(|root| !root.is_absolute()) {
-            return Err(usage(format!("--runtime {text}: the root must be an absolute path")));
-        }
-        runtimes.insert(name.into(), Arc::new(Runc { binary: path.into(), root, ..Runc::default() }));
-    }
     let timings = Timings::of(arguments.lease).checked().map_err(|error| usage(format!("--lease: {error}")))?;
     let absolute = |path: &Option<PathBuf>| {
         path.as_ref().map(std::path::absolute).transpose().map_err(|error| usage(error.to_string()))
@@ -170,9 +182,10 @@ fn config(arguments: &ServeArguments) -> Outcome<NodeConfig> {
         tls,
         allowed_peers: arguments.allow_peer.clone(),
         clients: arguments.allow_client.iter().cloned().collect(),
-        runtimes: Runtimes::new(runtimes),
+        runtimes,
         bundle_dir: absolute(&arguments.bundle_dir)?,
         mount_dir: absolute(&arguments.mount_dir)?,
+        pull_rate: arguments.pull_rate,
         starve_after: arguments.starve_after,
         timings,
     })

@@ -10,13 +10,16 @@ use crate::control::status::{DiskStatus, NodeStatus};
 use crate::error::Outcome;
 use crate::node::DiskName;
 
-/// How often `--watch` looks.
+/// How often `--watch` looks where no person watches.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How often a wait looks how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
 
 pub(super) async fn run(client: &ControlClient, answer: &Answer, name: Option<DiskName>, watch: bool) -> Outcome<()> {
+    if watch && !answer.json && super::watch::possible() {
+        return super::watch::run(client, name).await;
+    }
     loop {
         match &name {
             Some(name) => {
@@ -35,6 +38,14 @@ pub(super) async fn run(client: &ControlClient, answer: &Answer, name: Option<Di
             return Ok(());
         }
         tokio::time::sleep(WATCH_INTERVAL).await;
+    }
+}
+
+/// The named disk, or all of them.
+pub(super) async fn look(client: &ControlClient, name: Option<&DiskName>) -> Outcome<Vec<DiskStatus>> {
+    match name {
+        Some(name) => Ok(vec![client.get(&format!("/v1/disks/{name}")).await?]),
+        None => Ok(client.get::<NodeStatus>("/v1/status").await?.disks),
     }
 }
 
@@ -59,9 +70,10 @@ pub(super) async fn wait(
         }
         // Only while something comes; why the wait itself ends is told by its own answer.
         if let Ok(status) = client.get::<DiskStatus>(&format!("/v1/disks/{name}")).await
-            && status.missing_bytes > 0
+            && let filling = status.filling()
+            && filling.missing_bytes > 0
         {
-            progress.show(status.present_bytes, status.size, status.pull_rate);
+            progress.show(filling.present_bytes, status.size, filling.pull_rate);
         }
     };
     progress.finish();
@@ -75,12 +87,14 @@ fn describe(status: &DiskStatus) -> String {
         text += &format!(", epoch {}", status.epoch);
     }
     text += &format!(", {}", bytes(status.size));
-    if status.missing_bytes > 0 {
-        text += &format!(", {} missing", bytes(status.missing_bytes));
-        if status.pull_rate > 0 {
-            text += &format!(", pulling {}/s", bytes(status.pull_rate));
+    let filling = status.filling();
+    if filling.missing_bytes > 0 {
+        let there = if status.destination.is_some() { " at the destination" } else { "" };
+        text += &format!(", {} missing{there}", bytes(filling.missing_bytes));
+        if filling.pull_rate > 0 {
+            text += &format!(", pulling {}/s", bytes(filling.pull_rate));
         }
-        if let Some(eta) = status.eta_s {
+        if let Some(eta) = filling.eta_s {
             text += &format!(", {eta} s left");
         }
     }

@@ -47,6 +47,14 @@ impl Bundle {
         Ok(Self { dir, config, rootfs })
     }
 
+    /// What stands for a bundle where there is none: a root and a network, which `source` names.
+    pub(crate) fn described(source: &Path, rootfs: &Path, netns: Option<&Path>) -> Self {
+        let namespaces: Vec<Value> = netns.iter().map(|path| json!({"type": "network", "path": path})).collect();
+        let mut config = Map::new();
+        set(&mut config, "linux", "namespaces", json!(namespaces));
+        Self { dir: source.to_owned(), config, rootfs: rootfs.to_owned() }
+    }
+
     /// The directory of the `config.json`.
     pub fn dir(&self) -> &Path {
         &self.dir

@@ -59,6 +59,33 @@ impl Cgroup {
         std::fs::write(&file, if frozen { "1" } else { "0" }).map_err(Error::io("write", &file))
     }
 
+    /// Makes it, if it is not there.
+    pub(crate) fn make(&self) -> Result<(), Error> {
+        let dir = self.dir()?;
+        std::fs::create_dir_all(&dir).map_err(Error::io("create the control group", dir))
+    }
+
+    /// Whether `other` is it, or is below it.
+    pub fn holds(&self, other: &Cgroup) -> bool {
+        Path::new(&other.path).starts_with(&self.path)
+    }
+
+    /// The processes in it and below it; one that does not exist has none.
+    pub(crate) fn processes(&self) -> Result<Vec<u32>, Error> {
+        let (mut found, mut next) = (Vec::new(), vec![self.dir()?]);
+        while let Some(dir) = next.pop() {
+            let file = dir.join("cgroup.procs");
+            let text = match std::fs::read_to_string(&file) {
+                Err(e) if gone(&e) => continue,
+                other => other.map_err(Error::io("read", &file))?,
+            };
+            found.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()));
+            let below = std::fs::read_dir(&dir).into_iter().flatten().flatten();
+            next.extend(below.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()));
+        }
+        Ok(found)
+    }
+
     /// Whether every task in it has stopped in the freezer (`frozen 1` in `cgroup.events`).
     pub fn is_frozen(&self) -> Result<bool, Error> {
         self.event("frozen")
@@ -165,6 +192,13 @@ mod tests {
             31 25 0:27 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate\n";
         assert_eq!(find_mount(text), Some(PathBuf::from("/sys/fs/cgroup")));
         assert_eq!(find_mount("31 25 0:27 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n"), None);
+    }
+
+    #[test]
+    fn a_group_holds_what_is_below_it_only() {
+        let at = |path| Cgroup::at(path).unwrap();
+        assert!(at("/web").holds(&at("/web")) && at("/web").holds(&at("/web/a/b")));
+        assert!(!at("/web").holds(&at("/website")) && !at("/web/a").holds(&at("/web")));
     }
 
     #[test]

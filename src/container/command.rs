@@ -13,7 +13,7 @@ use std::{
 };
 
 use nix::{
-    sys::signal::{Signal, kill},
+    sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
 use tokio::{
@@ -23,12 +23,16 @@ use tokio::{
 
 use super::Error;
 
-/// How much of a program's output is kept, in bytes; the rest is read and thrown away.
-const OUTPUT_LIMIT: u64 = 64 * 1024;
+/// How much of the end of a program's output is kept, in bytes; what is before it is read and thrown away.
+const OUTPUT_LIMIT: usize = 64 * 1024;
+/// How long output is waited for after its program has ended: whatever has it open still does not mean to close it.
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 /// How much of a log's end is looked at for error lines, in bytes.
 const LOG_LIMIT: u64 = 1 << 20;
 /// How many error lines an error text carries.
 const ERROR_LINES: usize = 4;
+/// How long each of them may be, in characters.
+const ERROR_LINE: usize = 400;
 /// How often the tree of a program's children is looked at again while it is ended.
 const KILL_ROUNDS: usize = 16;
 
@@ -41,6 +45,8 @@ pub(crate) struct Call {
     limit: Duration,
     input: Option<Vec<u8>>,
     silent: bool,
+    environment: Vec<(&'static str, OsString)>,
+    only: bool,
 }
 
 /// What a program said.
@@ -56,7 +62,8 @@ impl Call {
     /// `what` completes "cannot ...", and `package` is named when the program is missing.
     pub fn new(program: &Path, package: &'static str, what: impl Into<String>, limit: Duration) -> Self {
         let (program, what) = (program.to_owned(), what.into());
-        Self { program, package, what, args: Vec::new(), limit, input: None, silent: false }
+        let environment = Vec::new();
+        Self { program, package, what, args: Vec::new(), limit, input: None, silent: false, environment, only: false }
     }
 
     /// Adds one argument.
@@ -83,6 +90,18 @@ impl Call {
         self
     }
 
+    /// The program's environment is this, with PATH and LC_ALL, and nothing of ours.
+    pub fn only_environment(mut self, variables: Vec<(&'static str, OsString)>) -> Self {
+        (self.environment, self.only) = (variables, true);
+        self
+    }
+
+    /// Adds a variable to the program's environment.
+    pub fn also_environment(mut self, name: &'static str, value: impl Into<OsString>) -> Self {
+        self.environment.push((name, value.into()));
+        self
+    }
+
     /// The name for error texts.
     pub fn program(&self) -> String {
         self.program.display().to_string()
@@ -91,18 +110,23 @@ impl Call {
     /// Runs it to its end. An answer other than 0 is not an error here: see [`Said`].
     pub async fn run(self) -> Result<Said, Error> {
         let output = || if self.silent { Stdio::null() } else { Stdio::piped() };
-        let mut child = Command::new(&self.program)
+        let mut command = Command::new(&self.program);
+        if self.only {
+            command.env_clear();
+        }
+        let mut child = command
             .args(&self.args)
             .stdin(if self.input.is_some() { Stdio::piped() } else { Stdio::null() })
             .stdout(output())
             .stderr(output())
             .env("LC_ALL", "C")
             .env("PATH", search_path())
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .process_group(0)
             .kill_on_drop(true)
             .spawn()
             .map_err(|source| self.cannot_start(source))?;
-        let tree = KillTree(child.id());
+        let mut tree = KillTree(child.id());
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let feed = async {
             if let (Some(mut pipe), Some(bytes)) = (stdin, &self.input) {
@@ -110,24 +134,35 @@ impl Call {
                 let _ = pipe.write_all(bytes).await;
             }
         };
-        let all = async { tokio::join!(child.wait(), feed, read_bounded(stdout), read_bounded(stderr)) };
-        match tokio::time::timeout(self.limit, all).await {
-            Ok((status, (), stdout, stderr)) => {
-                tree.disarm();
-                let status = status.map_err(|source| self.cannot_start(source))?;
+        let talk = async { tokio::join!(feed, read_end(stdout), read_end(stderr)) };
+        tokio::pin!(talk);
+        let mut said = None;
+        let ended = async {
+            loop {
+                tokio::select! {
+                    status = child.wait() => break status,
+                    ((), stdout, stderr) = &mut talk, if said.is_none() => said = Some((stdout, stderr)),
+                }
+            }
+        };
+        let Ok(status) = tokio::time::timeout(self.limit, ended).await else {
+            drop(tree);
+            // Killed: reaping takes no more than a moment, unless it sits in uninterruptible I/O.
+            let _ = tokio::time::timeout(Duration::from_secs(2), child.wait()).await;
+            let (program, what, limit) = (self.program(), self.what, self.limit);
+            return Err(Error::TimedOut { program, what, limit, detail: String::new() });
+        };
+        // Its number may be another's from here on.
+        tree.disarm();
+        let status = status.map_err(|source| self.cannot_start(source))?;
+        if said.is_none() {
+            said = tokio::time::timeout(DRAIN_LIMIT, talk).await.ok().map(|((), stdout, stderr)| (stdout, stderr));
+        }
+        match said {
+            Some((stdout, stderr)) => {
                 Ok(Said { success: status.success(), status: status.to_string(), stdout, stderr })
             }
-            Err(_) => {
-                drop(tree);
-                // Killed: reaping takes no more than a moment, unless it sits in uninterruptible I/O.
-                let _ = tokio::time::timeout(Duration::from_secs(2), child.wait()).await;
-                Err(Error::TimedOut {
-                    program: self.program(),
-                    what: self.what,
-                    limit: self.limit,
-                    detail: String::new(),
-                })
-            }
+            None => Err(Error::KeptOpen { program: self.program(), what: self.what }),
         }
     }
 
@@ -157,7 +192,10 @@ impl Said {
         let lines: Vec<String> = said.lines().map(plain).filter(|l| !l.is_empty()).collect();
         match lines.len() {
             0 => "it said nothing".to_owned(),
-            n => lines[n.saturating_sub(ERROR_LINES)..].join("; "),
+            n => {
+                let cut = |line: &String| line.chars().take(ERROR_LINE).collect::<String>();
+                lines[n.saturating_sub(ERROR_LINES)..].iter().map(cut).collect::<Vec<_>>().join("; ")
+            }
         }
     }
 }
@@ -215,7 +253,7 @@ pub(crate) fn kill_tree(root: u32) {
 struct KillTree(Option<u32>);
 
 impl KillTree {
-    fn disarm(mut self) {
+    fn disarm(&mut self) {
         self.0 = None;
     }
 }
@@ -224,6 +262,8 @@ impl Drop for KillTree {
     fn drop(&mut self) {
         if let Some(pid) = self.0 {
             kill_tree(pid);
+            // And those whose parents have ended: it leads a group of its own, and is not reaped yet.
+            let _ = killpg(Pid::from_raw(pid as i32), Signal::SIGKILL);
         }
     }
 }
@@ -261,12 +301,18 @@ fn search_path() -> OsString {
     path
 }
 
-async fn read_bounded(pipe: Option<impl AsyncRead + Unpin>) -> String {
+/// All of it is read, so that its program is not held up, and the end is kept.
+async fn read_end(pipe: Option<impl AsyncRead + Unpin>) -> String {
     let Some(mut pipe) = pipe else { return String::new() };
-    let mut kept = Vec::new();
+    let (mut kept, mut buffer) = (Vec::new(), vec![0; 8192]);
     // What cannot be read is missing from an error text, nothing worse.
-    let _ = (&mut pipe).take(OUTPUT_LIMIT).read_to_end(&mut kept).await;
-    let _ = tokio::io::copy(&mut pipe, &mut tokio::io::sink()).await;
+    while let Ok(length @ 1..) = pipe.read(&mut buffer).await {
+        kept.extend_from_slice(&buffer[..length]);
+        if kept.len() > 2 * OUTPUT_LIMIT {
+            kept.drain(..kept.len() - OUTPUT_LIMIT);
+        }
+    }
+    kept.drain(..kept.len().saturating_sub(OUTPUT_LIMIT));
     String::from_utf8_lossy(&kept).into_owned()
 }
 
@@ -322,9 +368,35 @@ mod tests {
 
     #[tokio::test]
     async fn output_is_bounded_and_does_not_block() {
-        let said = sh("head -c 5000000 /dev/zero", Duration::from_secs(10)).run().await.unwrap();
+        let said = sh("head -c 5000000 /dev/zero; echo; echo end", Duration::from_secs(10)).run().await.unwrap();
         assert!(said.success);
-        assert_eq!(said.stdout.len() as u64, OUTPUT_LIMIT);
+        assert_eq!(said.stdout.len(), OUTPUT_LIMIT);
+        assert!(said.stdout.ends_with("\nend\n"), "the end is missing");
+        let long = Said { stderr: "x".repeat(5000), ..said };
+        assert_eq!(long.why().len(), ERROR_LINE);
+    }
+
+    #[tokio::test]
+    async fn what_keeps_the_output_open_does_not_hold_up_its_starter() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("pid");
+        let script = format!("sleep 600 & echo $! >{}; exit 0", file.display());
+        let error = sh(&script, Duration::from_secs(60)).run().await.unwrap_err();
+        let child: i32 = std::fs::read_to_string(&file).unwrap().trim().parse().unwrap();
+        kill(Pid::from_raw(child), Signal::SIGKILL).unwrap();
+        assert!(matches!(error, Error::KeptOpen { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn nothing_of_our_environment_is_passed_on() {
+        let call = sh("env", Duration::from_secs(10)).only_environment(vec![("LAZY_MIGRATE_CONTAINER", "web".into())]);
+        let said = call.run_ok().await.unwrap();
+        // What the shell itself adds.
+        let own = ["PWD=", "SHLVL=", "_=", "OLDPWD="];
+        let mut names: Vec<_> = said.lines().filter(|line| !own.iter().any(|name| line.starts_with(name))).collect();
+        names.retain(|line| !line.starts_with("PATH="));
+        names.sort_unstable();
+        assert_eq!(names, ["LAZY_MIGRATE_CONTAINER=web", "LC_ALL=C"]);
     }
 
     #[tokio::test]

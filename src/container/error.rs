@@ -55,6 +55,40 @@ pub enum Error {
         /// The lines of its output or log that tell why.
         detail: String,
     },
+    /// A program ended, and something that it had started writes to where its own output went.
+    #[error(
+        "cannot {what}: {program} ended, but what it started keeps its output open: redirect that to /dev/null or a file, \
+         and end what is left of it"
+    )]
+    KeptOpen {
+        /// The program.
+        program: String,
+        /// What it was to do.
+        what: String,
+    },
+    /// A runtime that cannot checkpoint, as it was built.
+    #[error(
+        "{program} ({version}) was built without criu and can move no container: its --version does not say +CRIU; use \
+         runc, which runs the same bundles, or a build that does"
+    )]
+    NoCheckpoint {
+        /// The program.
+        program: String,
+        /// What it says of itself.
+        version: String,
+    },
+    /// A runtime that dumps a container's memory only while it is frozen.
+    #[error("it cannot dump the memory of a container that runs; migrate without --memory precopy")]
+    NoPreDump,
+    /// Nobody tells which pages a container has written since a pre-dump.
+    #[error(
+        "this host's kernel does not tell which pages of memory were written (`criu check --feature mem_dirty_track` says: \
+         {why}); migrate without --memory precopy"
+    )]
+    NoPageTracking {
+        /// criu's words.
+        why: String,
+    },
     /// A program answered something that cannot be read.
     #[error("cannot {what}: the answer of {program} cannot be understood: {why}")]
     BadAnswer {
@@ -66,7 +100,7 @@ pub enum Error {
         why: String,
     },
     /// There is no such container.
-    #[error("container {id} does not exist; `runc list` shows those that do")]
+    #[error("container {id} does not exist on this host: its runtime knows none of that name")]
     NoSuchContainer {
         /// The id that was asked for.
         id: String,
@@ -105,6 +139,33 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// A restore command of the operator's failed.
+    #[error("container {id} was not restored, and what its command had started was ended: {why}")]
+    HookRestore {
+        /// The id.
+        id: String,
+        /// What the command said, or what is wrong with what it made.
+        why: String,
+    },
+    /// The hooks file cannot be used.
+    #[error("hooks file {file}: {why}")]
+    Hooks {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it, and what to change.
+        why: String,
+    },
+    /// A container of podman's cannot move as it was created.
+    #[error("container {id} of podman: {why}")]
+    Podman {
+        /// The id.
+        id: String,
+        /// What is in the way, and what to change.
+        why: String,
+    },
+    /// A container of this runtime needs a bundle, and the node knows of no place for them.
+    #[error("this host takes no containers; start its node with --bundle-dir and --mount-dir")]
+    NoBundleDir,
     /// The control groups of this host are not as needed.
     #[error("cannot use the control group of {what}: {why}")]
     Cgroup {
@@ -152,7 +213,7 @@ pub enum Error {
 impl Error {
     /// After a failed restore: whether tasks of the container may have run, and written to its disk, before they were ended.
     pub fn may_have_run(&self) -> bool {
-        matches!(self, Error::TimedOut { .. } | Error::Strayed { .. })
+        matches!(self, Error::TimedOut { .. } | Error::Strayed { .. } | Error::HookRestore { .. })
     }
 
     /// For `map_err` on a file operation.

@@ -1,7 +1,8 @@
 //! Writes the frames of a checkpoint below a directory, and answers for the whole at the end.
 //!
 //! The peer is trusted with a container's memory but not with this host: paths cannot leave the directory (the kernel
-//! refuses to follow any link below it), and sizes and numbers have limits.
+//! refuses to follow any link below it), and sizes and numbers have limits. The links from a dump to the pre-dump before it
+//! are made here, by number: no link's target comes over the wire.
 
 use std::{
     fs::File,
@@ -17,7 +18,7 @@ use nix::{
     errno::Errno,
     fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
     sys::stat::{Mode, mkdirat},
-    unistd::{UnlinkatFlags, unlinkat},
+    unistd::{UnlinkatFlags, symlinkat, unlinkat},
 };
 use tokio::sync::mpsc;
 
@@ -25,6 +26,7 @@ use super::{
     Error, absolute,
     image_stream::{Frame, ImagePath, MAX_DATA},
     images::MAX_FILES,
+    rounds,
 };
 
 /// What a peer may make this host store.
@@ -58,7 +60,7 @@ pub enum ReceiveError {
     /// More than this host allows.
     #[error("the peer's checkpoint is larger than this host allows ({what}: {limit})")]
     TooLarge {
-        /// Files or bytes.
+        /// Files, bytes or rounds.
         what: &'static str,
         /// How many are allowed.
         limit: u64,
@@ -101,6 +103,8 @@ pub struct ImageReceiver {
     arrived: u64,
     /// The file that was written last, since the next frame is most likely for it too.
     current: Option<(u32, File)>,
+    /// How many rounds of a pre-dump have begun.
+    rounds: u32,
 }
 
 #[derive(Debug)]
@@ -117,7 +121,7 @@ impl ImageReceiver {
         std::fs::DirBuilder::new().mode(0o700).create(&root).map_err(Error::io("create", &root))?;
         let flags = nix::libc::O_DIRECTORY | nix::libc::O_NOFOLLOW;
         let dir = File::options().read(true).custom_flags(flags).open(&root).map_err(Error::io("open", &root))?;
-        Ok(Self { root, dir, limits, files: Vec::new(), total: 0, arrived: 0, current: None })
+        Ok(Self { root, dir, limits, files: Vec::new(), total: 0, arrived: 0, current: None, rounds: 0 })
     }
 
     /// Applies frames until the directory is whole.
@@ -140,9 +144,34 @@ impl ImageReceiver {
             Frame::Data { id, offset, bytes } => self.write(id, offset, &bytes)?,
             Frame::Truncate { id, size } => self.truncate(id, size)?,
             Frame::Sum { id, size, crc32 } => self.check(id, size, crc32)?,
+            Frame::Round { number } => self.round(number)?,
             Frame::End { files } => return self.finish(files).map(Some),
         }
         Ok(None)
+    }
+
+    fn round(&mut self, number: u32) -> Result<(), ReceiveError> {
+        if number > rounds::MAX_ROUNDS {
+            return Err(ReceiveError::TooLarge { what: "rounds", limit: rounds::MAX_ROUNDS.into() });
+        }
+        if number != self.rounds + 1 {
+            return Err(nonsense(format!("round {number} came after {} rounds", self.rounds)));
+        }
+        let path = rounds::directory(number);
+        // A file that came before its round has made it; that is no transfer of ours.
+        let made = mkdirat(&self.dir, path.as_str(), Mode::S_IRWXU).map_err(io::Error::from);
+        made.map_err(Error::io("create", self.root.join(&path)))?;
+        self.rounds = number;
+        match rounds::parent_of_round(number) {
+            Some(target) => self.link(&path, &target),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes the link in a directory; a file of its name is an error.
+    fn link(&self, directory: &str, target: &str) -> Result<(), ReceiveError> {
+        let made = self.dir_at(directory).and_then(|dir| Ok(symlinkat(target, dir, rounds::LINK)?));
+        Ok(made.map_err(Error::io("create", self.root.join(directory).join(rounds::LINK)))?)
     }
 
     fn add(&mut self, id: u32, path: ImagePath) -> Result<(), ReceiveError> {
@@ -151,6 +180,9 @@ impl ImageReceiver {
         }
         if self.files.len() >= self.limits.files {
             return Err(ReceiveError::TooLarge { what: "files", limit: self.limits.files as u64 });
+        }
+        if self.rounds > 0 && path.as_str().split('/').any(|name| name == rounds::LINK) {
+            return Err(nonsense(format!("{path} has the name of a link that is made here")));
         }
         for parent in path.parents() {
             self.make_dir(parent)?;
@@ -237,6 +269,9 @@ impl ImageReceiver {
             let (parent, name) = gone.path.as_str().rsplit_once('/').unwrap_or(("", gone.path.as_str()));
             let removed = self.dir_at(parent).and_then(|dir| Ok(unlinkat(dir, name, UnlinkatFlags::NoRemoveDir)?));
             removed.map_err(Error::io("remove", path))?;
+        }
+        if let Some(target) = rounds::parent_of_dump(self.rounds) {
+            self.link("", &target)?;
         }
         if self.limits.durable {
             for dir in self.dirs() {
@@ -407,6 +442,65 @@ mod tests {
         second.apply(file(0, "a")).unwrap();
         let again = (0..).take_while(|_| second.apply(data(0, 0, b"abcdefghij")).is_ok()).count();
         assert_eq!(again, 2);
+    }
+
+    #[test]
+    fn rounds_make_a_chain_of_links_that_lead_back_to_the_first() {
+        let (_dir, root, mut receiver) = receiver(Limits::default());
+        for round in 1..=3 {
+            receiver.apply(Frame::Round { number: round }).unwrap();
+            receiver.apply(file(round - 1, &format!("pre-{round}/pages-1.img"))).unwrap();
+            receiver.apply(sum(round - 1, b"")).unwrap();
+        }
+        receiver.apply(file(3, "core-1.img")).unwrap();
+        receiver.apply(sum(3, b"")).unwrap();
+        assert_eq!(receiver.apply(Frame::End { files: 4 }).unwrap(), Some(Received { files: 4, bytes: 0 }));
+        let link = |path: &str| std::fs::read_link(root.join(path)).ok();
+        assert_eq!(link("parent"), Some("pre-3".into()));
+        assert_eq!(link("pre-3/parent"), Some("../pre-2".into()));
+        assert_eq!(link("pre-2/parent"), Some("../pre-1".into()));
+        assert!(!root.join("pre-1/parent").exists());
+        assert!(root.join("parent/parent/parent/pages-1.img").is_file());
+        assert_eq!(std::fs::metadata(root.join("pre-1")).unwrap().permissions().mode() & 0o077, 0);
+    }
+
+    #[test]
+    fn a_peer_cannot_make_the_links_of_rounds_nor_put_anything_in_their_place() {
+        let hostile = |frames: &[Frame]| {
+            let (_dir, root, mut receiver) = receiver(Limits::default());
+            let refused = frames.iter().map(|frame| receiver.apply(frame.clone())).find_map(Result::err);
+            let refused = refused.unwrap_or_else(|| panic!("taken: {frames:?}"));
+            // Whatever came before: what is there is no link that leads out, and no file behind one.
+            assert!(std::fs::read_link(root.join("parent")).is_err(), "{refused}");
+            refused.to_string()
+        };
+        let round = |number| Frame::Round { number };
+        hostile(&[round(0)]);
+        hostile(&[round(2)]);
+        hostile(&[round(1), round(1)]);
+        hostile(&[round(1), round(3)]);
+        hostile(&(1..=rounds::MAX_ROUNDS + 1).map(round).collect::<Vec<_>>());
+        assert!(hostile(&[round(rounds::MAX_ROUNDS + 1)]).contains("rounds: 8"));
+        // In the place of a link, through a link, in the place of a round.
+        for path in ["parent", "pre-1/parent", "pre-2/parent", "pre-2/parent/pages-1.img", "parent/x", "a/parent"] {
+            assert!(hostile(&[round(1), round(2), file(0, path)]).contains("made here"), "{path}");
+        }
+        hostile(&[file(0, "pre-1"), round(1)]);
+        hostile(&[round(1), file(0, "pre-2/pages-1.img"), round(2)]);
+        hostile(&[file(0, "parent"), sum(0, b""), round(1), Frame::End { files: 1 }]);
+        hostile(&[file(0, "parent/x"), sum(0, b""), round(1), Frame::End { files: 1 }]);
+    }
+
+    #[test]
+    fn all_rounds_share_one_limit() {
+        let (_dir, _root, mut receiver) = receiver(Limits { files: 8, bytes: 10, durable: false });
+        receiver.apply(Frame::Round { number: 1 }).unwrap();
+        receiver.apply(file(0, "pre-1/pages-1.img")).unwrap();
+        receiver.apply(data(0, 0, b"abcdef")).unwrap();
+        receiver.apply(Frame::Round { number: 2 }).unwrap();
+        receiver.apply(file(1, "pre-2/pages-1.img")).unwrap();
+        let error = receiver.apply(data(1, 0, b"abcdef")).unwrap_err();
+        assert!(matches!(error, ReceiveError::TooLarge { what: "bytes", .. }), "{error}");
     }
 
     #[test]

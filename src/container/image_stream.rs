@@ -23,6 +23,7 @@ const DATA: u8 = 2;
 const TRUNCATE: u8 = 3;
 const SUM: u8 = 4;
 const END: u8 = 5;
+const ROUND: u8 = 6;
 
 /// A file's path below the image directory: relative, `/` between names, none of them empty, `.` or `..`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -104,6 +105,12 @@ pub enum Frame {
         /// How many [`Frame::Sum`] were sent.
         files: u32,
     },
+    /// A round of a pre-dump begins: its directory is made, with its link to the round before. Numbers begin at 1 and rise
+    /// by 1.
+    Round {
+        /// Its number.
+        number: u32,
+    },
 }
 
 /// Bytes that are no frame, or a frame that may not be.
@@ -144,6 +151,7 @@ impl Frame {
             Frame::Truncate { .. } => (TRUNCATE, 12),
             Frame::Sum { .. } => (SUM, 16),
             Frame::End { .. } => (END, 4),
+            Frame::Round { .. } => (ROUND, 4),
         };
         out.reserve(5 + len);
         out.put_u32(len as u32 + 1);
@@ -168,6 +176,7 @@ impl Frame {
                 out.put_u32(*crc32);
             }
             Frame::End { files } => out.put_u32(*files),
+            Frame::Round { number } => out.put_u32(*number),
         }
     }
 
@@ -193,7 +202,7 @@ impl Frame {
             DATA => (13..=12 + MAX_DATA).contains(&len),
             TRUNCATE => len == 12,
             SUM => len == 16,
-            END => len == 4,
+            END | ROUND => len == 4,
             other => return Err(BadFrame::Kind(other)),
         };
         if !fits {
@@ -211,6 +220,7 @@ impl Frame {
             DATA => Frame::Data { id, offset: body.get_u64(), bytes: body },
             TRUNCATE => Frame::Truncate { id, size: body.get_u64() },
             SUM => Frame::Sum { id, size: body.get_u64(), crc32: body.get_u32() },
+            ROUND => Frame::Round { number: id },
             _ => Frame::End { files: id },
         }))
     }
@@ -230,6 +240,7 @@ mod tests {
             (any::<u32>(), any::<u64>()).prop_map(|(id, size)| Frame::Truncate { id, size }),
             (any::<u32>(), any::<u64>(), any::<u32>()).prop_map(|(id, size, crc32)| Frame::Sum { id, size, crc32 }),
             any::<u32>().prop_map(|files| Frame::End { files }),
+            any::<u32>().prop_map(|number| Frame::Round { number }),
         ]
     }
 

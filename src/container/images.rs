@@ -3,6 +3,7 @@
 //! While the dump runs, whole chunks at the growing end of files are sent, which is nearly all of the memory pages.
 //! criu goes back to some files (it patches headers) and removes others, so after the dump every file is read once more
 //! and what differs from the chunks that were sent is sent again, together with all that was too small to be sent before.
+//! A round of a pre-dump ([`rounds`]) is sent the same way, to its own end, and is not looked at again after that.
 
 use std::{
     collections::HashMap,
@@ -20,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Error, absolute,
     image_stream::{BadFrame, Frame, ImagePath, MAX_DATA, MAX_DEPTH},
+    rounds,
 };
 
 /// How often the directory is looked at while the dump runs and there is nothing to send.
@@ -53,10 +55,10 @@ pub enum FollowError {
     Lost(#[from] tokio::task::JoinError),
 }
 
-/// What was sent.
+/// What was sent of a dump, without the rounds before it, or of a round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Followed {
-    /// Files in the complete directory.
+    /// Its files.
     pub files: u32,
     /// Their sizes together, in bytes.
     pub bytes: u64,
@@ -73,6 +75,12 @@ pub struct ImageFollower {
     files: HashMap<ImagePath, Sent>,
     frames: mpsc::Sender<Frame>,
     done: Followed,
+    /// How many files were sent whole, rounds included.
+    whole: u32,
+    /// How many rounds were sent.
+    rounds: u32,
+    /// The round that is being sent; none: the dump itself.
+    round: Option<u32>,
 }
 
 /// What the receiver has of a file.
@@ -87,25 +95,50 @@ struct Sent {
 impl ImageFollower {
     /// For the directory `dir`, which need not exist before the dump ends.
     pub fn new(dir: &Path, frames: mpsc::Sender<Frame>) -> Result<Self, Error> {
-        Ok(Self { dir: absolute(dir)?, files: HashMap::new(), frames, done: Followed::default() })
+        let (files, done) = (HashMap::new(), Followed::default());
+        Ok(Self { dir: absolute(dir)?, files, frames, done, whole: 0, rounds: 0, round: None })
     }
 
     /// Sends frames until `dumped` is cancelled, then the rest and [`Frame::End`]. `dumped` says that the dump has ended
     /// **well**; after a bad one, close the channel's other end: then this ends with [`FollowError::Closed`].
     pub async fn run(mut self, dumped: CancellationToken) -> Result<Followed, FollowError> {
         let work = move || {
-            while !dumped.is_cancelled() {
-                if self.frames.is_closed() {
-                    return Err(FollowError::Closed);
-                }
-                if self.follow()? == 0 {
-                    std::thread::sleep(LOOK);
-                }
-            }
-            self.done.early = self.done.sent;
-            self.finish()
+            self.follow_until(&dumped)?;
+            self.finish()?;
+            self.send(Frame::End { files: self.whole })?;
+            Ok(self.done)
         };
         tokio::task::spawn_blocking(work).await?
+    }
+
+    /// The same for the next round of a pre-dump, which does not end the transfer. Returns when all of it is on its way.
+    pub async fn round(mut self, dumped: CancellationToken) -> Result<(Self, Followed), FollowError> {
+        let work = move || {
+            self.round = Some(self.rounds + 1);
+            self.send(Frame::Round { number: self.rounds + 1 })?;
+            self.follow_until(&dumped)?;
+            self.finish()?;
+            self.rounds += 1;
+            self.round = None;
+            // What is whole is not compared again.
+            self.files.values_mut().for_each(|sent| sent.chunks = Vec::new());
+            let done = std::mem::take(&mut self.done);
+            Ok((self, done))
+        };
+        tokio::task::spawn_blocking(work).await?
+    }
+
+    fn follow_until(&mut self, dumped: &CancellationToken) -> Result<(), FollowError> {
+        while !dumped.is_cancelled() {
+            if self.frames.is_closed() {
+                return Err(FollowError::Closed);
+            }
+            if self.follow()? == 0 {
+                std::thread::sleep(LOOK);
+            }
+        }
+        self.done.early = self.done.sent;
+        Ok(())
     }
 
     /// Sends the whole chunks that have been added since the last time; answers how many.
@@ -133,8 +166,8 @@ impl ImageFollower {
         Ok(chunks)
     }
 
-    /// The last pass: everything whose content is not what was sent, sums, and the end.
-    fn finish(mut self) -> Result<Followed, FollowError> {
+    /// The last pass: everything whose content is not what was sent, and sums.
+    fn finish(&mut self) -> Result<(), FollowError> {
         let mut buffer = vec![0; MAX_DATA];
         for path in self.list()? {
             let Some(file) = self.open(&path)? else { continue };
@@ -163,10 +196,10 @@ impl ImageFollower {
             }
             self.done.files += 1;
             self.done.bytes += at;
+            self.whole += 1;
             self.send(Frame::Sum { id, size: at, crc32: whole.finalize() })?;
         }
-        self.send(Frame::End { files: self.done.files })?;
-        Ok(self.done)
+        Ok(())
     }
 
     /// Whether the receiver has exactly these bytes there.
@@ -220,12 +253,28 @@ impl ImageFollower {
         move |source| Error::io("read", path)(source).into()
     }
 
-    /// All files below the directory, in a fixed order.
+    /// All files of the dump, or of the round that is being sent, in a fixed order.
     fn list(&self) -> Result<Vec<ImagePath>, FollowError> {
         let mut found = Vec::new();
-        self.list_below("", 1, &mut found)?;
+        match self.round {
+            Some(round) => self.list_below(&rounds::directory(round), 2, &mut found)?,
+            None => self.list_below("", 1, &mut found)?,
+        }
         found.sort();
         Ok(found)
+    }
+
+    /// What does not travel with the dump: the rounds before it, and the link to them, which the receiver makes itself.
+    fn is_known(&self, path: &str, kind: std::fs::FileType) -> bool {
+        let (own, target) = match self.round {
+            Some(round) => (format!("{}/{}", rounds::directory(round), rounds::LINK), rounds::parent_of_round(round)),
+            None => (rounds::LINK.to_owned(), rounds::parent_of_dump(self.rounds)),
+        };
+        if kind.is_symlink() {
+            let points = std::fs::read_link(self.dir.join(path)).ok();
+            return path == own && points.is_some() && points == target.map(PathBuf::from);
+        }
+        kind.is_dir() && self.round.is_none() && (1..=self.rounds).any(|round| path == rounds::directory(round))
     }
 
     fn list_below(&self, below: &str, depth: usize, found: &mut Vec<ImagePath>) -> Result<(), FollowError> {
@@ -242,6 +291,9 @@ impl ImageFollower {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
                 other => other.map_err(Error::io("look at", entry.path()))?,
             };
+            if self.is_known(&path, kind) {
+                continue;
+            }
             if kind.is_file() {
                 found.push(ImagePath::new(&path)?);
             } else if kind.is_dir() && depth < MAX_DEPTH {
@@ -386,21 +438,81 @@ mod tests {
             assert_eq!(follower.follow().unwrap(), 4);
             assert_eq!(follower.follow().unwrap(), 0);
             File::options().write(true).open(&pages).unwrap().write_all_at(b"x", MAX_DATA as u64 + 9).unwrap();
-            follower.finish().unwrap()
+            follower.finish().unwrap();
+            follower.done
         });
         let done = work.await.unwrap();
         assert_eq!(done.sent, 5 * MAX_DATA as u64 + 100 + 5);
         assert_eq!((done.files, done.bytes), (2, 4 * MAX_DATA as u64 + 105));
         let mut offsets = Vec::new();
-        let mut last = None;
         while let Some(frame) = rx.recv().await {
             if let Frame::Data { id: 0, offset, .. } = &frame {
                 offsets.push(offset / MAX_DATA as u64);
             }
-            last = Some(frame);
         }
         assert_eq!(offsets, [0, 1, 2, 3, 1, 4]);
-        assert_eq!(last, Some(Frame::End { files: 2 }));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn rounds_arrive_one_after_the_other_and_are_not_sent_again_with_the_dump() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let (tx, rx) = mpsc::channel(QUEUE);
+        let target = to.path().join("images");
+        let receiver = tokio::spawn(ImageReceiver::create(&target, Limits::default()).unwrap().run(rx));
+        let mut follower = ImageFollower::new(from.path(), tx).unwrap();
+        for round in 1..=2 {
+            let dumped = CancellationToken::new();
+            let sending = tokio::spawn(follower.round(dumped.clone()));
+            let dir = from.path().join(rounds::directory(round));
+            std::fs::create_dir(&dir).unwrap();
+            if let Some(parent) = rounds::parent_of_round(round) {
+                std::os::unix::fs::symlink(parent, dir.join(rounds::LINK)).unwrap();
+            }
+            write_like_criu(&dir, round.into(), &mut || ());
+            dumped.cancel();
+            let (next, done) = sending.await.unwrap().unwrap();
+            assert_eq!(done.files, 5);
+            follower = next;
+        }
+        // Changed behind our back: what was sent whole is not looked at in the pause.
+        std::fs::write(from.path().join("pre-1/late"), "late").unwrap();
+        std::fs::write(from.path().join("core-1.img"), "core").unwrap();
+        std::os::unix::fs::symlink("pre-2", from.path().join(rounds::LINK)).unwrap();
+        let dumped = CancellationToken::new();
+        dumped.cancel();
+        let done = follower.run(dumped).await.unwrap();
+        assert_eq!((done.files, done.bytes, done.sent), (1, 4, 4));
+        assert_eq!(receiver.await.unwrap().unwrap().files, 11);
+        std::fs::remove_file(from.path().join("pre-1/late")).unwrap();
+        for below in ["pre-1", "pre-2", "parent", "parent/parent"] {
+            assert!(content(&from.path().join(below)) == content(&target.join(below)), "{below} differs");
+        }
+    }
+
+    #[tokio::test]
+    async fn only_the_link_to_the_round_before_is_left_out() {
+        for (link, to) in [("parent", "pre-2"), ("parent", "/etc"), ("other", "pre-1"), ("pre-1/parent", "../pre-1")] {
+            let dir = tempfile::tempdir().unwrap();
+            let (tx, mut rx) = mpsc::channel(QUEUE);
+            let ignored = tokio::spawn(async move { while rx.recv().await.is_some() {} });
+            std::fs::create_dir(dir.path().join("pre-1")).unwrap();
+            let in_round = link.starts_with("pre-1");
+            if in_round {
+                std::os::unix::fs::symlink(to, dir.path().join(link)).unwrap();
+            }
+            let dumped = CancellationToken::new();
+            dumped.cancel();
+            let sent = ImageFollower::new(dir.path(), tx).unwrap().round(dumped.clone()).await;
+            let ended = match sent {
+                Ok((follower, _)) => {
+                    std::os::unix::fs::symlink(to, dir.path().join(link)).unwrap();
+                    follower.run(dumped).await.map(drop)
+                }
+                Err(error) => Err(error),
+            };
+            assert!(matches!(ended, Err(FollowError::Kind { .. })), "{link} -> {to}: {ended:?}");
+            ignored.await.unwrap();
+        }
     }
 
     #[tokio::test]

@@ -13,14 +13,18 @@ pub mod bundle;
 mod cgroup;
 mod command;
 mod error;
+mod hook;
 pub mod image_receiver;
 pub mod image_stream;
 pub mod images;
 mod leftovers;
 mod netdrop;
+mod podman;
 mod probe;
 pub mod quiesce;
+pub mod rounds;
 mod runc;
+mod state;
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
 
@@ -31,10 +35,13 @@ pub use announce::announce;
 pub use bundle::Bundle;
 pub use cgroup::Cgroup;
 pub use error::Error;
+pub use hook::Hook;
 pub use image_receiver::ImageReceiver;
 pub use images::ImageFollower;
 pub use netdrop::NetDrop;
-pub use runc::Runc;
+pub use podman::Podman;
+pub(crate) use podman::stand_in;
+pub use runc::{OciKind, Runc};
 
 /// How often a state that nothing announces is looked at again.
 const POLL: Duration = Duration::from_millis(5);
@@ -137,9 +144,11 @@ pub struct Inspected {
 pub struct CheckpointOptions {
     /// Dump established TCP connections too; without it a container that has some cannot be dumped.
     pub tcp_established: bool,
+    /// How many rounds of [`Runtime::pre_dump`] lie in the image directory: what is dumped is what has changed since the last.
+    pub rounds: u32,
 }
 
-/// What to restore, from what, and where the parts of it go. All paths are made absolute.
+/// What to restore, from what, and where the parts of it go.
 #[derive(Clone, Debug)]
 pub struct RestoreSpec {
     /// The bundle that the operator of this host made for it.
@@ -156,6 +165,22 @@ pub struct RestoreSpec {
     pub tcp_established: bool,
     /// How long the restore may take before it is undone.
     pub limit: Duration,
+}
+
+impl RestoreSpec {
+    /// What every runtime does first: paths are made absolute; refused where something is in the control group.
+    fn checked(self) -> Result<Self, Error> {
+        if self.cgroup.is_populated()? {
+            let why = "it is in use on this host, so nothing may be restored into it".to_owned();
+            return Err(Error::Cgroup { what: self.cgroup.path().to_owned(), why });
+        }
+        Ok(Self {
+            image_dir: self.image_dir.as_deref().map(absolute).transpose()?,
+            work_dir: absolute(&self.work_dir)?,
+            state_dir: absolute(&self.state_dir)?,
+            ..self
+        })
+    }
 }
 
 /// A program that runs containers and can checkpoint them. All of it may be repeated after a crash of the caller.
@@ -184,16 +209,45 @@ pub trait Runtime: fmt::Debug + Send + Sync {
         options: CheckpointOptions,
     ) -> BoxFuture<'a, Result<(), Error>>;
 
+    /// Whether it can do [`Runtime::pre_dump`] on this host. By default no runtime can; the error says so.
+    fn can_pre_dump(&self) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(async { Err(Error::NoPreDump) })
+    }
+
+    /// Dumps the memory of a container that runs on, as far as it has changed since round `options.rounds`, as the next round
+    /// below `image_dir` ([`rounds`]). It is of use only together with a [`Runtime::checkpoint`] into the same directory. When
+    /// it fails, the container runs on; when the future is dropped, it may be left frozen.
+    fn pre_dump<'a>(
+        &'a self,
+        _id: &'a ContainerId,
+        _image_dir: PathBuf,
+        _work_dir: PathBuf,
+        _options: CheckpointOptions,
+    ) -> BoxFuture<'a, Result<(), Error>> {
+        Box::pin(async { Err(Error::NoPreDump) })
+    }
+
     /// Starts a container under a new id, from its images or anew. A failure leaves nothing: no container, no process, no
     /// mount, no control group.
     fn restore<'a>(&'a self, id: &'a ContainerId, spec: RestoreSpec) -> BoxFuture<'a, Result<Inspected, Error>>;
 
-    /// Ends a container in any state and forgets it; returns when it is gone. One that does not exist is gone.
+    /// Ends a container in any state and forgets it, but for what stands for its bundle; returns when it is gone. One that
+    /// does not exist is gone.
     fn kill_and_delete<'a>(&'a self, id: &'a ContainerId) -> BoxFuture<'a, Result<(), Error>>;
 
     /// Finds out, by a throwaway dump with its files below `scratch`, whether checkpoints work on this host. It also
     /// spares the first real dump the seconds that criu takes to learn the kernel's features.
     fn probe<'a>(&'a self, scratch: PathBuf) -> BoxFuture<'a, Result<(), Error>>;
+
+    /// Ends a container that has moved away for good; returns when this host knows nothing of it any more.
+    fn release<'a>(&'a self, id: &'a ContainerId) -> BoxFuture<'a, Result<(), Error>> {
+        self.kill_and_delete(id)
+    }
+
+    /// What this host knows of a container before it is restored: by default the bundle in `dir`, the place for it.
+    fn bundle<'a>(&'a self, _id: &'a ContainerId, dir: Option<PathBuf>) -> BoxFuture<'a, Result<Bundle, Error>> {
+        Box::pin(async move { Bundle::read(&dir.ok_or(Error::NoBundleDir)?) })
+    }
 }
 
 /// Makes a directory (and what is missing above it) that only root can look into.

@@ -46,6 +46,14 @@ pub(crate) async fn criu(criu: &Path, scratch: &Path) -> Result<(), Error> {
     done.and(removed)
 }
 
+/// Whether the kernel tells criu which pages were written since a pre-dump.
+pub(crate) async fn page_tracking(criu: &Path) -> Result<(), Error> {
+    // It may be the first run after a boot.
+    let call = Call::new(criu, "criu", "ask what the kernel can do", DUMP_LIMIT);
+    let said = call.args(["check", "--feature", "mem_dirty_track"]).run().await?;
+    if said.success { Ok(()) } else { Err(Error::NoPageTracking { why: said.why() }) }
+}
+
 async fn dump_sleeper(criu: &Path, dir: &Path) -> Result<(), Error> {
     let mut sleeper = Sleeper::start().await?;
     let log = dir.join("dump.log");

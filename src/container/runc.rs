@@ -1,4 +1,4 @@
-//! runc, together with criu, as a [`Runtime`].
+//! runc, together with criu, as a [`Runtime`]; and crun, where it was built with criu.
 //!
 //! Measured with runc 1.1.5 and criu 3.17.1: during a dump the control group is thawed and only ptrace holds the tasks,
 //! so runc's answer alone does not prove that the container did not run; a restore may hang for good on images that are
@@ -6,7 +6,6 @@
 //! stdin, stdout and stderr, so these are `/dev/null` and runc's messages go to a log file.
 
 use std::{
-    io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -21,23 +20,20 @@ use super::{
     command::{Call, Said, log_errors, runc_log_errors},
     leftovers,
     netdrop::lift_criu_lock,
-    private_dir, probe,
+    private_dir, probe, rounds,
+    state::{FREEZE_LIMIT, GONE_LIMIT, own_netns, remove_old, wait_frozen, with_log, wrong_state},
 };
 
-/// Where runc keeps its state when it is run by root and not told otherwise.
-const DEFAULT_ROOT: &str = "/run/runc";
 /// For questions and for what the kernel does at once.
 const QUICK: Duration = Duration::from_secs(20);
-/// How long a container may take to freeze: runc itself gives up after 10 s.
-const FREEZE_LIMIT: Duration = Duration::from_secs(15);
 /// How long a dump may take: it writes all of the container's memory.
 const CHECKPOINT_LIMIT: Duration = Duration::from_secs(600);
-/// How long killed tasks may take to be gone.
-const GONE_LIMIT: Duration = Duration::from_secs(10);
 
-/// runc on this host.
+/// runc on this host, or crun, which takes the same arguments.
 #[derive(Clone, Debug)]
 pub struct Runc {
+    /// Which of them it is.
+    pub kind: OciKind,
     /// The program; a bare name is looked up in PATH.
     pub binary: PathBuf,
     /// runc's state directory (`--root`), if not its default.
@@ -48,7 +44,34 @@ pub struct Runc {
 
 impl Default for Runc {
     fn default() -> Self {
-        Self { binary: "runc".into(), root: None, criu: None }
+        Self { kind: OciKind::Runc, binary: "runc".into(), root: None, criu: None }
+    }
+}
+
+/// The programs that take runc's arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OciKind {
+    /// runc itself; it starts the criu program.
+    Runc,
+    /// crun. It has criu built in, or not: most builds, Debian's among them, are without.
+    Crun,
+}
+
+impl OciKind {
+    /// The program's name, which is its Debian package's as well.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+        }
+    }
+
+    /// Where it keeps its state when it is run by root and not told otherwise.
+    fn default_root(self) -> &'static Path {
+        Path::new(match self {
+            Self::Runc => "/run/runc",
+            Self::Crun => "/run/crun",
+        })
     }
 }
 
@@ -88,6 +111,20 @@ impl Runtime for Runc {
         Box::pin(self.do_checkpoint(id, image_dir, work_dir, options))
     }
 
+    fn can_pre_dump(&self) -> BoxFuture<'_, Result<(), Error>> {
+        Box::pin(probe::page_tracking(self.criu()))
+    }
+
+    fn pre_dump<'a>(
+        &'a self,
+        id: &'a ContainerId,
+        image_dir: PathBuf,
+        work_dir: PathBuf,
+        options: CheckpointOptions,
+    ) -> BoxFuture<'a, Result<(), Error>> {
+        Box::pin(self.do_pre_dump(id, image_dir, work_dir, options))
+    }
+
     fn restore<'a>(&'a self, id: &'a ContainerId, spec: RestoreSpec) -> BoxFuture<'a, Result<Inspected, Error>> {
         Box::pin(self.do_restore(id, spec))
     }
@@ -97,15 +134,28 @@ impl Runtime for Runc {
     }
 
     fn probe<'a>(&'a self, scratch: PathBuf) -> BoxFuture<'a, Result<(), Error>> {
-        let criu = self.criu.clone().unwrap_or_else(|| "criu".into());
         Box::pin(async move {
-            self.call("ask for its version", QUICK).arg("--version").run_ok().await?;
-            probe::criu(&criu, &scratch).await
+            self.check_build().await?;
+            probe::criu(self.criu(), &scratch).await
         })
     }
 }
 
 impl Runc {
+    fn criu(&self) -> &Path {
+        self.criu.as_deref().unwrap_or(Path::new("criu"))
+    }
+
+    /// Whether the program is there, and was built so that it can checkpoint.
+    pub async fn check_build(&self) -> Result<(), Error> {
+        let said = self.call("ask for its version", QUICK).arg("--version").run_ok().await?;
+        if self.kind == OciKind::Runc || said.split_whitespace().any(|word| word == "+CRIU") {
+            return Ok(());
+        }
+        let version = said.lines().next().unwrap_or_default().trim().to_owned();
+        Err(Error::NoCheckpoint { program: self.binary.display().to_string(), version })
+    }
+
     async fn do_inspect(&self, id: &ContainerId) -> Result<Inspected, Error> {
         let what = format!("look at container {id}");
         let said = self.call(&what, QUICK).arg("state").arg(id.as_str()).run().await?;
@@ -118,9 +168,13 @@ impl Runc {
             why: e.to_string(),
         })?;
         let live = state.pid != 0 && state.status != ContainerStatus::Stopped;
-        let looked = live
-            .then_some(state.pid)
-            .map(|pid| Ok::<_, Error>((pid, Cgroup::of_process(pid)?, own_netns(pid, &state.bundle)?)));
+        let looked = live.then_some(state.pid).map(|pid| {
+            Ok::<_, Error>((
+                pid,
+                Cgroup::of_process(pid)?,
+                own_netns(pid, Bundle::read(&state.bundle).ok().and_then(|b| b.netns()))?,
+            ))
+        });
         let (pid, cgroup, netns) = match looked.transpose() {
             Ok(Some((pid, cgroup, netns))) => (Some(pid), Some(cgroup), netns),
             Ok(None) => (None, None, None),
@@ -205,18 +259,54 @@ impl Runc {
             _ => return Err(wrong_state(id, "checkpoint", now.status)),
         };
         private_dir(&image_dir)?;
-        private_dir(&work_dir)?;
+        let parent = rounds::parent_of_dump(options.rounds);
+        self.dump(id, "--leave-running", &image_dir, &work_dir, parent, options).await?;
+        // runc was content, but if criu was killed at the very end the group may have been left thawed.
+        if cgroup.is_frozen()? { Ok(()) } else { Err(Error::RanOn { id: id.to_string() }) }
+    }
+
+    async fn do_pre_dump(
+        &self,
+        id: &ContainerId,
+        image_dir: PathBuf,
+        work_dir: PathBuf,
+        options: CheckpointOptions,
+    ) -> Result<(), Error> {
+        let (image_dir, work_dir) = (absolute(&image_dir)?, absolute(&work_dir)?);
+        let now = self.do_inspect(id).await?;
+        if now.status != ContainerStatus::Running {
+            return Err(wrong_state(id, "pre-dump", now.status));
+        }
+        let round = options.rounds + 1;
+        let directory = image_dir.join(rounds::directory(round));
+        private_dir(&image_dir)?;
+        private_dir(&directory)?;
+        self.dump(id, "--pre-dump", &directory, &work_dir, rounds::parent_of_round(round), options).await
+    }
+
+    /// One run of criu; `how` says what becomes of the container, `parent` where the images before are, from these.
+    async fn dump(
+        &self,
+        id: &ContainerId,
+        how: &str,
+        images: &Path,
+        work_dir: &Path,
+        parent: Option<String>,
+        options: CheckpointOptions,
+    ) -> Result<(), Error> {
+        private_dir(work_dir)?;
         let log = work_dir.join("dump.log");
         remove_old(&log)?;
-        let mut call = self.call(&format!("checkpoint container {id}"), CHECKPOINT_LIMIT);
-        call = call.args(["checkpoint", "--leave-running", "--image-path"]).arg(&image_dir);
-        call = call.arg("--work-path").arg(&work_dir);
+        let what = if how == "--pre-dump" { "pre-dump" } else { "checkpoint" };
+        let mut call = self.call(&format!("{what} container {id}"), CHECKPOINT_LIMIT);
+        call = call.args(["checkpoint", how, "--image-path"]).arg(images).arg("--work-path").arg(work_dir);
+        if let Some(parent) = parent {
+            call = call.arg("--parent-path").arg(parent);
+        }
         if options.tcp_established {
             call = call.arg("--tcp-established");
         }
-        call.arg(id.as_str()).run_ok().await.map_err(|error| with_log(error, &log))?;
-        // runc was content, but if criu was killed at the very end the group may have been left thawed.
-        if cgroup.is_frozen()? { Ok(()) } else { Err(Error::RanOn { id: id.to_string() }) }
+        call.arg(id.as_str()).run_ok().await.map(drop).map_err(|error| with_log(error, &log))
     }
 
     async fn do_restore(&self, id: &ContainerId, spec: RestoreSpec) -> Result<Inspected, Error> {
@@ -225,16 +315,7 @@ impl Runc {
             Ok(_) => return Err(Error::Exists { id: id.to_string() }),
             Err(other) => return Err(other),
         }
-        if spec.cgroup.is_populated()? {
-            let why = "it is in use on this host, so nothing may be restored into it".to_owned();
-            return Err(Error::Cgroup { what: spec.cgroup.path().to_owned(), why });
-        }
-        let spec = RestoreSpec {
-            image_dir: spec.image_dir.as_deref().map(absolute).transpose()?,
-            work_dir: absolute(&spec.work_dir)?,
-            state_dir: absolute(&spec.state_dir)?,
-            ..spec
-        };
+        let spec = spec.checked()?;
         private_dir(&spec.work_dir)?;
         let derived = spec.state_dir.join("bundle");
         spec.bundle.derive(&derived, &spec.cgroup, spec.tcp_established)?;
@@ -284,7 +365,7 @@ impl Runc {
     }
 
     /// Removes all that a failed restore may have left. What cannot be removed is told, and does not hide the failure.
-    async fn undo_restore(&self, id: &ContainerId, spec: &RestoreSpec, derived: &Path) {
+    pub(super) async fn undo_restore(&self, id: &ContainerId, spec: &RestoreSpec, derived: &Path) {
         let told = |what: &str, error: &dyn std::fmt::Display| {
             tracing::warn!(container = %id, %error, "cannot {what} after a failed restore");
         };
@@ -346,13 +427,13 @@ impl Runc {
     }
 
     /// runc's own directory of a container.
-    fn state_dir(&self, id: &ContainerId) -> PathBuf {
-        self.root.as_deref().unwrap_or(Path::new(DEFAULT_ROOT)).join(id.as_str())
+    pub(super) fn state_dir(&self, id: &ContainerId) -> PathBuf {
+        self.root.as_deref().unwrap_or(self.kind.default_root()).join(id.as_str())
     }
 
     /// A call of runc with its global options.
     fn call(&self, what: &str, limit: Duration) -> Call {
-        let mut call = Call::new(&self.binary, "runc", what, limit);
+        let mut call = Call::new(&self.binary, self.kind.name(), what, limit);
         if let Some(root) = &self.root {
             call = call.arg("--root").arg(root);
         }
@@ -367,7 +448,12 @@ impl Runc {
     }
 
     fn refused(&self, id: &ContainerId, what: String, said: &Said) -> Error {
-        if said.stderr.contains("does not exist") {
+        let unknown = match self.kind {
+            OciKind::Runc => said.stderr.contains("does not exist"),
+            // Its file of a container's state is what it misses.
+            OciKind::Crun => said.stderr.contains("No such file or directory") && !self.state_dir(id).exists(),
+        };
+        if unknown {
             return Error::NoSuchContainer { id: id.to_string() };
         }
         let program = self.binary.display().to_string();
@@ -375,90 +461,46 @@ impl Runc {
     }
 }
 
-async fn wait_frozen(id: &ContainerId, cgroup: &Cgroup, wanted: bool) -> Result<(), Error> {
-    let deadline = Instant::now() + FREEZE_LIMIT;
-    while cgroup.is_frozen()? != wanted {
-        if Instant::now() >= deadline {
-            return Err(Error::TimedOut {
-                program: "the kernel".to_owned(),
-                what: format!("{} container {id}", if wanted { "freeze" } else { "thaw" }),
-                limit: FREEZE_LIMIT,
-                detail: String::new(),
-            });
-        }
-        tokio::time::sleep(POLL).await;
-    }
-    Ok(())
-}
-
-fn wrong_state(id: &ContainerId, what: &'static str, status: ContainerStatus) -> Error {
-    let wanted = if what == "checkpoint" { "paused and frozen" } else { "running or paused" };
-    Error::WrongState { id: id.to_string(), what, status: status.to_string(), wanted }
-}
-
-/// A log of an earlier try must not explain this one.
-fn remove_old(log: &Path) -> Result<(), Error> {
-    match std::fs::remove_file(log) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", log)(e)),
-        _ => Ok(()),
-    }
-}
-
-/// Adds what criu's log says to an error: it knows more than runc does.
-fn with_log(error: Error, log: &Path) -> Error {
-    let told = log_errors(log);
-    match error {
-        Error::Failed { program, what, status, .. } if !told.is_empty() => {
-            Error::Failed { program, what, status, detail: told }
-        }
-        // runc's words for it: its connection to criu was closed.
-        Error::Failed { program, what, status, detail } if detail.contains("unixpacket") => {
-            let detail = format!("criu was ended before it was done; see {}", log.display());
-            Error::Failed { program, what, status, detail }
-        }
-        Error::TimedOut { program, what, limit, .. } => {
-            let detail = if told.is_empty() { format!("; see {}", log.display()) } else { format!(": {told}") };
-            Error::TimedOut { program, what, limit, detail }
-        }
-        other => other,
-    }
-}
-
-/// A path to the network namespace of a process, unless it is the one that we are in.
-fn own_netns(pid: u32, bundle: &Path) -> Result<Option<PathBuf>, Error> {
-    let inode = |path: &Path| {
-        use std::os::unix::fs::MetadataExt;
-        std::fs::metadata(path).map(|m| (m.dev(), m.ino())).map_err(Error::io("look at", path))
-    };
-    let theirs = PathBuf::from(format!("/proc/{pid}/ns/net"));
-    let namespace = inode(&theirs)?;
-    if namespace == inode(Path::new("/proc/self/ns/net"))? {
-        return Ok(None);
-    }
-    let named = Bundle::read(bundle).ok().and_then(|b| b.netns());
-    Ok(Some(named.filter(|path| inode(path).is_ok_and(|i| i == namespace)).unwrap_or(theirs)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn the_log_explains_a_failure_better_than_the_program() {
+    #[tokio::test]
+    async fn a_build_that_cannot_checkpoint_is_refused_before_anything_is_frozen() {
+        use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
-        let log = dir.path().join("dump.log");
-        let failed = |detail: &str| Error::Failed {
-            program: "runc".into(),
-            what: "checkpoint container web".into(),
-            status: "exit status: 1".into(),
-            detail: detail.into(),
+        let crun = Runc { kind: OciKind::Crun, binary: dir.path().join("crun"), ..Runc::default() };
+        let says = |features: &str| {
+            std::fs::write(&crun.binary, format!("#!/bin/sh\necho crun version 1.8.1\necho '{features}'\n")).unwrap();
+            std::fs::set_permissions(&crun.binary, std::fs::Permissions::from_mode(0o755)).unwrap();
         };
-        assert!(with_log(failed("type NOTIFY errno 0"), &log).to_string().ends_with("errno 0"));
-        let died = with_log(failed("read unixpacket @->@: EOF"), &log).to_string();
-        assert!(died.contains("criu was ended") && died.contains("dump.log"), "{died}");
-        std::fs::write(&log, "(00.1) Error (criu/net.c:1): no\n").unwrap();
-        let text = with_log(failed("type NOTIFY errno 0"), &log).to_string();
-        assert_eq!(text, "cannot checkpoint container web: runc failed (exit status: 1): (criu/net.c:1): no");
+        says("+SYSTEMD +CAP +YAJL");
+        let text = crun.probe(dir.path().join("scratch")).await.unwrap_err().to_string();
+        assert!(text.contains("crun version 1.8.1") && text.contains("was built without criu"), "{text}");
+        assert!(!dir.path().join("scratch").exists());
+        says("+SYSTEMD +CRIU +YAJL");
+        crun.check_build().await.unwrap();
+        let runc = Runc { kind: OciKind::Runc, ..crun.clone() };
+        says("");
+        runc.check_build().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_kernel_that_tracks_no_pages_is_named_with_what_to_do() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let criu = dir.path().join("criu");
+        let runc = Runc { criu: Some(criu.clone()), ..Runc::default() };
+        let answers = |status: u8| {
+            let asked = "[ \"$*\" = 'check --feature mem_dirty_track' ] || exit 9";
+            std::fs::write(&criu, format!("#!/bin/sh\n{asked}\necho it says so\nexit {status}\n")).unwrap();
+            std::fs::set_permissions(&criu, std::fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        answers(1);
+        let text = runc.can_pre_dump().await.unwrap_err().to_string();
+        assert!(text.contains("it says so") && text.contains("without --memory precopy"), "{text}");
+        answers(0);
+        runc.can_pre_dump().await.unwrap();
     }
 
     #[tokio::test]

@@ -73,9 +73,23 @@ pub struct MigrateAsk {
     pub runtime: String,
     /// Move TCP connections with it.
     pub tcp_established: bool,
+    /// When its memory is copied.
+    #[serde(default)]
+    pub memory: Memory,
     /// What to do when the destination falls silent after the handover.
     #[serde(flatten)]
     pub policy: LinkPolicy,
+}
+
+/// When a container's memory is copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Memory {
+    /// All of it while the container is frozen.
+    #[default]
+    Frozen,
+    /// In rounds while it runs, and what it has written since the last while it is frozen.
+    Precopy,
 }
 
 /// What happens during a `migrate`.
@@ -86,6 +100,15 @@ pub enum MigrateEvent {
     Prepared {
         /// Since the command, in milliseconds.
         at_ms: u64,
+    },
+    /// A round of the memory was copied; the container runs on.
+    Precopied {
+        /// Since the command, in milliseconds.
+        at_ms: u64,
+        /// Which; the first is 1.
+        round: u32,
+        /// Its size.
+        image_bytes: u64,
     },
     /// The container stands still.
     Frozen {

@@ -25,6 +25,11 @@ impl ControlClient {
         Self { socket: socket.into() }
     }
 
+    /// Where it is.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// `GET`.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Outcome<T> {
         self.whole(Method::GET, path, Bytes::new()).await
@@ -49,7 +54,22 @@ impl ControlClient {
         mut each: impl FnMut(L) -> Option<Outcome<T>>,
     ) -> Outcome<T> {
         let body = serde_json::to_vec(body).map_err(Failure::failed)?;
-        let mut response = self.send(Method::POST, path, body.into()).await?;
+        let response = self.send(Method::POST, path, body.into()).await?;
+        self.read_lines(response, &mut each).await?.unwrap_or_else(|| Err(self.lost("the answer ended early")))
+    }
+
+    /// `GET` whose answer is a stream of JSON lines, to its end or to the first failure.
+    pub async fn lines<L: DeserializeOwned>(&self, path: &str, mut each: impl FnMut(L) -> Outcome<()>) -> Outcome<()> {
+        let response = self.send(Method::GET, path, Bytes::new()).await?;
+        self.read_lines(response, &mut |line| each(line).err().map(Err)).await?.unwrap_or(Ok(()))
+    }
+
+    /// What `each` ends with; `None` when the stream ends before.
+    async fn read_lines<L: DeserializeOwned, T>(
+        &self,
+        mut response: Response<Incoming>,
+        each: &mut impl FnMut(L) -> Option<Outcome<T>>,
+    ) -> Outcome<Option<Outcome<T>>> {
         let mut pending = Vec::new();
         while let Some(frame) = response.body_mut().frame().await {
             let frame = frame.map_err(|error| self.lost(error))?;
@@ -58,14 +78,14 @@ impl ControlClient {
                 let line: Vec<u8> = pending.drain(..=end).collect();
                 let line = serde_json::from_slice(&line).map_err(|error| self.strange(error))?;
                 if let Some(outcome) = each(line) {
-                    return outcome;
+                    return Ok(Some(outcome));
                 }
             }
             if pending.len() > CONTROL_ANSWER_BYTES {
                 return Err(self.strange("a line without end"));
             }
         }
-        Err(self.lost("the answer ended early"))
+        Ok(None)
     }
 
     async fn whole<T: DeserializeOwned>(&self, method: Method, path: &str, body: Bytes) -> Outcome<T> {

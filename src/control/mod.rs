@@ -3,5 +3,7 @@
 pub mod api;
 pub mod client;
 mod metrics;
+pub mod report;
 pub mod server;
 pub mod status;
+pub mod summary;

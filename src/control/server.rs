@@ -8,11 +8,11 @@ use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use futures::StreamExt;
 use nbd::server::unix_path::UnixPath;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
@@ -21,10 +21,16 @@ use super::api::{
     WaitFor,
 };
 use super::metrics;
+use super::report::{Report, aside, gather};
 use super::status::{DiskStatus, NodeStatus};
 use crate::error::{Failure, Kind, Outcome, chain};
-use crate::limits::CONTROL_BODY_BYTES;
+use crate::events::{Event, Sample};
+use crate::export::Overview;
+use crate::limits::{CONTROL_BODY_BYTES, MAP_CELLS};
 use crate::node::{DiskName, Node};
+
+/// The cells of a map, unless the question says how many.
+const CELLS: usize = 1024;
 
 type Reply<T> = Result<Json<T>, Failure>;
 
@@ -64,11 +70,10 @@ impl ControlSocket {
 
     /// Serves until `stop`.
     pub async fn serve(self, node: Arc<Node>, stop: CancellationToken) -> Outcome<()> {
-        let router = Router::new()
-            .route("/v1/status", get(all))
+        let router = views()
             .route("/v1/disks", post(add))
             .route("/v1/pulls", post(pull))
-            .route("/v1/disks/{name}", get(one).delete(remove))
+            .route("/v1/disks/{name}", delete(remove))
             .route("/v1/disks/{name}/attach", post(attach))
             .route("/v1/disks/{name}/detach", post(detach))
             .route("/v1/disks/{name}/prepare", post(prepare))
@@ -93,6 +98,17 @@ impl ControlSocket {
         drop(path);
         result.map_err(|error| Failure::failed(format!("the control socket failed: {error}")))
     }
+}
+
+/// What only looks: on the control socket, and on the page for a browser.
+pub fn views() -> Router<Arc<Node>> {
+    Router::new()
+        .route("/v1/status", get(all))
+        .route("/v1/disks/{name}", get(one))
+        .route("/v1/disks/{name}/history", get(history))
+        .route("/v1/disks/{name}/map", get(map))
+        .route("/v1/disks/{name}/report", get(report))
+        .route("/v1/events", get(events))
 }
 
 /// A name in a path is checked here, so that a wrong one is told in the same words as everywhere.
@@ -174,13 +190,17 @@ async fn migrate(
     UrlPath(disk): UrlPath<String>,
     Json(ask): Json<MigrateAsk>,
 ) -> Result<Response, Failure> {
-    let events = node.migrate(&name(&disk)?, ask)?;
-    let lines = tokio_stream_of(events).map(|event| {
-        let mut line = serde_json::to_vec(&event)?;
+    Ok(lines(tokio_stream_of(node.migrate(&name(&disk)?, ask)?)))
+}
+
+/// One JSON object a line.
+fn lines(stream: impl futures::Stream<Item = impl Serialize> + Send + 'static) -> Response {
+    let lines = stream.map(|value| {
+        let mut line = serde_json::to_vec(&value)?;
         line.push(b'\n');
         Ok::<_, serde_json::Error>(line)
     });
-    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+    ([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response()
 }
 
 fn tokio_stream_of<T>(mut receiver: tokio::sync::mpsc::Receiver<T>) -> impl futures::Stream<Item = T> {
@@ -229,6 +249,77 @@ async fn wait(
     Ok(Json(node.wait(&name(&disk)?, query.what, timeout).await?))
 }
 
+async fn history(State(node): State<Arc<Node>>, UrlPath(disk): UrlPath<String>) -> Reply<Vec<Sample>> {
+    Ok(Json(node.disk(&name(&disk)?)?.history().samples().to_vec()))
+}
+
+#[derive(Deserialize)]
+struct CellsQuery {
+    cells: Option<usize>,
+}
+
+impl CellsQuery {
+    fn cells(&self) -> Outcome<usize> {
+        match self.cells.unwrap_or(CELLS) {
+            cells @ 1..=MAP_CELLS => Ok(cells),
+            cells => Err(Failure::usage(format!("cells={cells}: a map is shown in 1 to {MAP_CELLS} cells"))),
+        }
+    }
+}
+
+async fn map(
+    State(node): State<Arc<Node>>,
+    UrlPath(disk): UrlPath<String>,
+    Query(query): Query<CellsQuery>,
+) -> Reply<Overview> {
+    let (export, cells) = (node.disk(&name(&disk)?)?.export.clone(), query.cells()?);
+    Ok(Json(aside(move || export.overview(cells)).await?))
+}
+
+async fn report(
+    State(node): State<Arc<Node>>,
+    UrlPath(disk): UrlPath<String>,
+    Query(query): Query<CellsQuery>,
+) -> Reply<Report> {
+    let (disk, cells) = (node.disk(&name(&disk)?)?, query.cells()?);
+    Ok(Json(aside(move || gather(&disk, cells)).await?))
+}
+
+#[derive(Deserialize)]
+struct EventsQuery {
+    #[serde(default)]
+    after: u64,
+    #[serde(default)]
+    follow: bool,
+    disk: Option<DiskName>,
+}
+
+async fn events(State(node): State<Arc<Node>>, Query(query): Query<EventsQuery>) -> Response {
+    let EventsQuery { after, follow, disk } = query;
+    let wanted = move |event: &Event| disk.as_ref().is_none_or(|disk| disk.as_str() == event.disk);
+    let last = node.events().last();
+    let stopping = Box::pin(node.stopping());
+    let batches = futures::stream::unfold((node, after, last, stopping), move |state| async move {
+        let (node, after, mut last, mut stopping) = state;
+        loop {
+            last.mark_unchanged();
+            let events = node.events().after(after);
+            if let Some(newest) = events.last().map(|event| event.seq) {
+                return Some((events, (node, newest, last, stopping)));
+            }
+            tokio::select! {
+                changed = last.changed(), if follow => changed.ok()?,
+                () = &mut stopping, if follow => return None,
+                else => return None,
+            }
+        }
+    });
+    lines(batches.flat_map(futures::stream::iter).filter(move |event| std::future::ready(wanted(event))))
+}
+
 async fn prometheus(State(node): State<Arc<Node>>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], metrics::page(&node.status()))
+    let disks = node.disks();
+    let waits: Vec<_> = disks.iter().map(|disk| disk.export.fault_waits()).collect();
+    let status = node.status_of(&disks);
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics::page(&status, &waits))
 }

@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::migration::driver::ContainerState;
 
+/// The version of what [`NodeStatus`] and [`DiskStatus`] look like as JSON.
+pub const SCHEMA: u32 = 1;
+
 /// How long readers waited for missing blocks, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Faults {
@@ -74,13 +77,54 @@ pub struct DiskStatus {
     pub paused: Option<String>,
     /// The last thing that went wrong.
     pub last_error: Option<String>,
+    /// Of a disk that was given away: how far the destination has said it is.
+    #[serde(default)]
+    pub destination: Option<Filling>,
+}
+
+/// How far a disk has filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filling {
+    /// Bytes of blocks that are there.
+    pub present_bytes: u64,
+    /// Bytes of blocks that are not.
+    pub missing_bytes: u64,
+    /// Bytes per second.
+    pub pull_rate: u64,
+    /// Seconds until all is there, when that can be said.
+    pub eta_s: Option<u64>,
+}
+
+impl Filling {
+    /// Of a disk of `size` bytes.
+    pub fn of(size: u64, present_bytes: u64, pull_rate: u64) -> Self {
+        let missing_bytes = size.saturating_sub(present_bytes);
+        let eta_s = if missing_bytes == 0 { Some(0) } else { missing_bytes.checked_div(pull_rate) };
+        Self { present_bytes, missing_bytes, pull_rate, eta_s }
+    }
+}
+
+impl DiskStatus {
+    /// What a bar shows: the host where it fills.
+    pub fn filling(&self) -> Filling {
+        self.destination.unwrap_or(Filling {
+            present_bytes: self.present_bytes,
+            missing_bytes: self.missing_bytes,
+            pull_rate: self.pull_rate,
+            eta_s: self.eta_s,
+        })
+    }
 }
 
 /// A node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeStatus {
+    /// The version of this shape: it rises when a field changes its meaning or goes, not when one is added.
+    pub schema: u32,
     /// The program's version.
     pub version: String,
+    /// Where it keeps its disks' files.
+    pub state_dir: PathBuf,
     /// The NBD addresses.
     pub nbd: Vec<String>,
     /// The peer address.

@@ -49,11 +49,20 @@ impl Claim {
 
 /// Claims a device and writes what its cache holds, within a time limit.
 pub(super) async fn claim_and_sync(device: &Path, limit: Duration) -> Result<Claim, DeviceError> {
+    let (claim, synced) = claim_and_try_to_sync(device, limit).await?;
+    synced.map(|()| claim)
+}
+
+/// The same, with the claim also where the device does not take what is written to it.
+pub(super) async fn claim_and_try_to_sync(
+    device: &Path,
+    limit: Duration,
+) -> Result<(Claim, Result<(), DeviceError>), DeviceError> {
     let path = device.to_owned();
     let work = blocking(move || {
         let claim = Claim::take(&path)?;
-        claim.sync(&path)?;
-        Ok(claim)
+        let synced = claim.sync(&path);
+        Ok((claim, synced))
     });
     timeout(limit, work).await.unwrap_or_else(|_| {
         Err(DeviceError::TooSlow {

@@ -107,8 +107,17 @@ impl FuseDevice {
     pub(super) async fn detach(&mut self, limit: Duration) -> Result<(), DeviceError> {
         let device = self.record.device.clone();
         let Some(session) = &self.session else { return Ok(()) };
+        let inherited = session.child.is_none();
         let claim = match session.has_loop(&device) {
-            true => Some(block::claim_and_sync(&device, limit).await?),
+            true => match block::claim_and_try_to_sync(&device, limit).await? {
+                (claim, Ok(())) => Some(claim),
+                // Its server was the process before, and nbdfuse does not reconnect: nobody will ever take it.
+                (claim, Err(lost)) if inherited => {
+                    tracing::warn!("{lost}: what was written to it after its node had ended is lost");
+                    Some(claim)
+                }
+                (_, Err(failed)) => return Err(failed),
+            },
             false => None,
         };
         self.take_down(move |session| {

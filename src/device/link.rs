@@ -16,6 +16,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 /// Send buffer of both ends in bytes: with the default of 208 KiB both sides stall on large requests.
 const SEND_BUFFER: usize = 4 << 20;
@@ -80,13 +81,14 @@ impl Link {
     ) -> io::Result<Self> {
         let Ends { server, hang_up, client, witness } = Ends::new()?;
         let options = ServeOptions { draining: Draining::HangUp, ..ServeOptions::default() };
-        let export = name.to_owned();
-        tasks.spawn(async move {
+        let disk = name.to_owned();
+        let served = async move {
             let _hang_up = hang_up;
             if let Err(error) = serve_socket(server, exports, &options, shutdown).await {
-                tracing::warn!(export, "the connection to the device has ended: {error}");
+                tracing::warn!(disk, "the connection to the device has ended: {error}");
             }
-        });
+        };
+        tasks.spawn(served.in_current_span());
         let negotiated = negotiate(client, name, &ConnectOptions::default()).await;
         let (client, _) = negotiated.map_err(io::Error::other)?;
         Self::new(client, witness)

@@ -238,6 +238,15 @@ pub enum AttachDevice {
 }
 
 impl AttachDevice {
+    /// Whether it was attached in this way.
+    pub fn is_by(&self, via: Via) -> bool {
+        match via {
+            Via::Auto => true,
+            Via::Kernel => matches!(self, Self::Kernel(_)),
+            Via::Fuse => matches!(self, Self::Fuse(_)),
+        }
+    }
+
     /// Attaches, and returns when a direct read of the device's first block has succeeded.
     ///
     /// When it fails, or its future is dropped, nothing stays attached.

@@ -4,6 +4,7 @@
 //! attached is written down in the disk's directory, because a device outlives the node.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,6 +14,7 @@ use ::nbd::server::{Draining, Listener, ServeOptions};
 use futures::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use super::{AttachDevice, AttachRequest, Attached, Connector, DETACH_LIMIT, How, Link, Via};
 use crate::error::{Failure, Outcome, chain};
@@ -27,6 +29,8 @@ pub struct DeviceSlot {
     export: Arc<dyn Export>,
     stop: CancellationToken,
     connections: TaskTracker,
+    /// Whether the socket for nbdfuse is there: from the first attach by FUSE on, to the node's end.
+    listening: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -46,6 +50,7 @@ impl DeviceSlot {
             export,
             stop,
             connections: TaskTracker::new(),
+            listening: AtomicBool::new(false),
             state: Mutex::new(State::Empty),
         })
     }
@@ -64,14 +69,17 @@ impl DeviceSlot {
         {
             let mut state = self.lock();
             match &*state {
-                State::Attached(found) if device.as_ref().is_none_or(|device| device == found.device()) => {
+                State::Attached(found)
+                    if device.as_ref().is_none_or(|device| device == found.device()) && found.is_by(via) =>
+                {
                     return Ok(found.device().to_path_buf());
                 }
                 State::Attached(found) => {
                     return Err(Failure::refused(format!(
-                        "{} is attached to {} already; detach it first",
+                        "{} is attached to {} already, by {}; detach it first",
                         self.name,
-                        found.device().display()
+                        found.device().display(),
+                        if found.is_by(Via::Fuse) { "FUSE" } else { "the kernel" }
                     )));
                 }
                 State::Busy(_) => return Err(self.busy()),
@@ -149,7 +157,8 @@ impl DeviceSlot {
         let info = self.export.info();
         let directory = self.directory.join("fuse");
         let socket = self.directory.join("fuse.sock");
-        let fuse = if via == Via::Kernel { None } else { Some(self.listen_for_fuse(&socket).await?) };
+        let listens = via == Via::Kernel || self.listening.load(Ordering::Relaxed);
+        let fuse = if listens { None } else { Some(self.listen_for_fuse(&socket).await?) };
         let request = AttachRequest {
             name: self.name.clone(),
             size: info.size,
@@ -179,8 +188,9 @@ impl DeviceSlot {
         if let Some(listening) = fuse
             && matches!(attached.record().how, How::Fuse { .. })
         {
-            // nbdfuse has connected: its connection lives until the node's end.
+            // nbdfuse has connected: its connection lives until the node's end, and the next one is taken there too.
             listening.disarm();
+            self.listening.store(true, Ordering::Relaxed);
         }
         Ok(attached)
     }
@@ -191,7 +201,7 @@ impl DeviceSlot {
             Listener::bind(&Address::Unix(socket.into())).await.map_err(|error| Failure::failed(chain(&error)))?;
         let stop = self.stop.child_token();
         let exports = Arc::new(One(self.name.clone(), self.export.clone()));
-        self.connections.spawn(listener.run(exports, serve_options(), stop.clone()));
+        self.connections.spawn(listener.run(exports, serve_options(), stop.clone()).in_current_span());
         Ok(stop.drop_guard())
     }
 

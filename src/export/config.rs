@@ -2,7 +2,10 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use super::home::Home;
+use crate::fetch::Traffic;
 use crate::pull::Order;
 use crate::store::MapError;
 use crate::units::BlockSize;
@@ -22,6 +25,9 @@ pub struct ExportConfig {
     pub identity: String,
     /// The size in bytes where it is known; otherwise it is that of the map that is there, or of the upstream.
     pub size: Option<u64>,
+    /// The store was the disk before: what the upstream says was not written since need not be fetched. Not for a map of
+    /// an earlier process.
+    pub returns: bool,
     /// The unit of a new map.
     pub block_size: BlockSize,
     /// The order of the background pull.
@@ -30,6 +36,10 @@ pub struct ExportConfig {
     pub rate: Option<u64>,
     /// Whether to pull in the background at all.
     pub background: bool,
+    /// What its pull shares with others.
+    pub traffic: Arc<Traffic>,
+    /// Where its clients are served and what they wait for is fetched; `None`: where everything else is done.
+    pub home: Option<Arc<Home>>,
 }
 
 impl ExportConfig {
@@ -41,10 +51,13 @@ impl ExportConfig {
             store: None,
             identity: identity.into(),
             size: None,
+            returns: false,
             block_size: BlockSize::DEFAULT,
             order: Order::default(),
             rate: None,
             background: true,
+            traffic: Arc::default(),
+            home: None,
         }
     }
 

@@ -7,21 +7,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nbd::wire::Errno;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 use super::config::{ExportConfig, ExportError};
 use super::flush::Flusher;
 use super::gate::{Clock, Gate, GateMode, boottime_clock};
+use super::home::Home;
+use super::overview::{Overview, overview};
 use super::pace::Pace;
 use super::status::{DataStatus, RateMeter};
 use crate::block_map::BlockMap;
 use crate::block_map::codec::Header;
-use crate::fetch::Fetcher;
 use crate::fetch::lane::{self, LaneKind};
 use crate::fetch::links::Links;
-use crate::limits::{MAX_DISK, PERSIST_EVERY};
+use crate::fetch::{Fetcher, WaitHistogram};
+use crate::limits::{DISK_READS, MAX_DISK, PERSIST_EVERY};
 use crate::pull::{PullOrder, PullState, puller};
 use crate::store::{Disk, FileStore, MapFile, MapFiles, Store};
 use crate::tracker::Tracker;
@@ -42,15 +45,20 @@ pub(super) struct Inner {
     pub(super) tracker: Tracker,
     pub(super) flusher: Arc<Flusher>,
     pub(super) pace: Pace,
+    /// See [`ExportConfig::returns`].
+    returns: bool,
     /// Only a lazily filled export has one.
     pub(super) fetcher: Option<Arc<Fetcher>>,
     pub(super) started: Instant,
     pub(super) clients: AtomicUsize,
+    /// The right to wait for the local disk on a thread.
+    pub(super) disk_reads: Arc<Semaphore>,
     /// A long read has had the store's holes looked for.
     pub(super) holes_looked_for: AtomicBool,
     pub(super) complete: watch::Receiver<PullState>,
     /// Keeps the state of a local image, which is always complete.
     _local_state: watch::Sender<PullState>,
+    pub(super) home: Option<Arc<Home>>,
     links: Option<Arc<Links>>,
     /// The connection that told the size of a new export: the demand lane begins with it.
     first: Mutex<Option<Arc<dyn Connection>>>,
@@ -149,12 +157,16 @@ impl LazyExport {
         let disk = Arc::new(parts.disk);
         let (size, block_size) = (disk.size(), disk.block_size);
         let local_state = watch::Sender::new(PullState::Complete);
-        let (mut fetcher, mut links, mut first) = (None, None, None);
+        let (mut fetcher, mut links, mut first, mut home, mut returns) = (None, None, None, None, false);
         if let Some(LazyParts { config, upstream, first: connection }) = parts.lazy {
             let order = PullOrder::new(config.order, block_size, size);
-            fetcher = Some(Fetcher::new(disk.clone(), order, config.rate, config.background));
+            fetcher = Some(Fetcher::new(disk.clone(), order, config.rate, config.background, config.traffic));
             links = Some(Arc::new(Links::new(upstream, size)));
             first = connection;
+            (home, returns) = (config.home, config.returns);
+            if let (Some(home), Some(fetcher)) = (&home, &fetcher) {
+                home.goes_before(fetcher.pull_state());
+            }
         }
         let cancel = CancellationToken::new();
         LazyExport {
@@ -167,10 +179,13 @@ impl LazyExport {
                 pace: Pace::new(),
                 complete: fetcher.as_ref().map_or_else(|| local_state.subscribe(), |fetcher| fetcher.pull_state()),
                 _local_state: local_state,
+                home,
                 disk,
+                returns,
                 fetcher,
                 started: Instant::now(),
                 clients: AtomicUsize::new(0),
+                disk_reads: Arc::new(Semaphore::new(DISK_READS)),
                 holes_looked_for: AtomicBool::new(false),
                 links,
                 first: Mutex::new(first),
@@ -187,6 +202,14 @@ impl LazyExport {
     pub fn with_clock(mut self, clock: Clock) -> LazyExport {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
             inner.gate = Gate::new(inner.gate.mode(), clock);
+        }
+        self
+    }
+
+    /// Serves its clients there. Only before the export is shared: otherwise it changes nothing.
+    pub fn with_home(mut self, home: Arc<Home>) -> LazyExport {
+        if let Some(inner) = Arc::get_mut(&mut self.inner) {
+            inner.home = Some(home);
         }
         self
     }
@@ -217,17 +240,25 @@ impl LazyExport {
         let lanes = inner.cancel.child_token();
         if !fetcher.disk().map.all_present() {
             let first = inner.first.lock().unwrap_or_else(PoisonError::into_inner).take().map(|c| links.adopt(c));
-            inner.tasks.spawn(lane::run(fetcher.clone(), links.clone(), LaneKind::Demand, first, lanes.clone()));
-            inner.tasks.spawn(puller::run(fetcher.clone(), links.clone(), lanes.clone()));
+            let demand =
+                lane::run(fetcher.clone(), links.clone(), LaneKind::Demand, first, lanes.clone()).in_current_span();
+            match &inner.home {
+                Some(home) => inner.tasks.spawn_on(demand, home.handle()),
+                None => inner.tasks.spawn(demand),
+            };
+            inner
+                .tasks
+                .spawn(puller::run(fetcher.clone(), links.clone(), inner.returns, lanes.clone()).in_current_span());
         }
-        inner.tasks.spawn(supervise(Supervised {
+        let supervised = Supervised {
             fetcher: fetcher.clone(),
             links: links.clone(),
             flusher: inner.flusher.clone(),
             rate: inner.rate.clone(),
             cancel: inner.cancel.clone(),
             lanes,
-        }));
+        };
+        inner.tasks.spawn(supervise(supervised).in_current_span());
     }
 
     /// Ends the export: requests are refused from now on, tasks end, everything is made durable. Errors are logged; the
@@ -265,6 +296,11 @@ impl LazyExport {
     /// For how long the request that has waited longest for a missing block has done so.
     pub fn longest_wait(&self) -> Option<Duration> {
         self.inner.fetcher.as_ref()?.faults.longest_wait()
+    }
+
+    /// How long requests have waited for missing blocks.
+    pub fn fault_waits(&self) -> WaitHistogram {
+        self.inner.fetcher.as_ref().map(|fetcher| fetcher.faults.histogram()).unwrap_or_default()
     }
 
     /// Its name.
@@ -329,6 +365,31 @@ impl LazyExport {
             pull,
             paused_reason: inner.fetcher.as_ref().and_then(|fetcher| fetcher.store_error()).map(|(why, _)| why),
             clients: inner.clients.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl LazyExport {
+    /// How many requests waited how long for missing blocks, as [`crate::fetch::percentile`] wants it.
+    pub fn wait_counts(&self) -> Vec<u64> {
+        self.inner.fetcher.as_ref().map(|fetcher| fetcher.faults.counts()).unwrap_or_default()
+    }
+
+    /// The map as a picture of at most so many cells. It goes over the whole map: not for a thread that others wait for.
+    pub fn overview(&self, cells: usize) -> Overview {
+        let inner = &self.inner;
+        let (map, block_size) = (&inner.disk.map, inner.disk.block_size);
+        let unit = (inner.disk.size(), block_size.bytes());
+        match &inner.fetcher {
+            Some(fetcher) => {
+                let hot = fetcher.with_order(|order| order.hot());
+                overview(map, unit, hot.iter().copied(), cells)
+            }
+            None => {
+                let heat = inner.tracker.heat(inner.started.elapsed());
+                let hot = heat.into_iter().filter(|(_, score)| *score > 0).map(|(range, _)| block_size.cover(range));
+                overview(map, unit, hot, cells)
+            }
         }
     }
 }
@@ -432,7 +493,12 @@ async fn prepare_map(
     let (size, first) = match config.size {
         Some(size) => (size, None),
         None => {
-            let connection = upstream.connect(None).await?;
+            let upstream = upstream.clone();
+            let connecting = async move { upstream.connect(None).await };
+            let connection = match &config.home {
+                Some(home) => home.run(connecting).await?,
+                None => connecting.await?,
+            };
             (connection.size(), Some(connection))
         }
     };

@@ -11,13 +11,17 @@
 //! - `pace`: writing out while somebody writes, before the freeze point
 //! - `contexts`: BLOCK_STATUS
 //! - `gate`: who may do what at the moment (freeze point, fencing)
+//! - `overview`: the map as a picture
+//! - `home`: the thread where its clients are served
 
 mod config;
 mod contexts;
 mod flush;
 mod gate;
+mod home;
 mod lazy;
 mod mutation;
+mod overview;
 mod pace;
 mod requests;
 mod sparse;
@@ -25,11 +29,15 @@ mod status;
 
 pub use config::{ExportConfig, ExportError};
 pub use gate::{Clock, Gate, GateMode, boottime_clock};
+pub use home::Home;
 pub use lazy::LazyExport;
+pub use overview::Overview;
 pub use status::DataStatus;
 
 pub use crate::pull::PullState;
 
+#[cfg(test)]
+mod returning_tests;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

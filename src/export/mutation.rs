@@ -5,6 +5,7 @@
 //! advice. A present block is dirty **before** its bytes change, a missing one is marked after.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -83,6 +84,37 @@ pub(super) fn answer(inner: &Arc<Inner>, mutation: Mutation, fua: bool) -> Answe
     }
 }
 
+/// Writes what is in a pipe, where nothing must be waited for before; otherwise `None`, and the bytes are still there.
+pub(super) fn write_pages(inner: &Arc<Inner>, range: ByteRange, pipe: BorrowedFd<'_>) -> Option<Answer<()>> {
+    let cover = inner.disk.block_size.cover(range);
+    if !inner.disk.takes_pages() || !inner.disk.map.is_present(cover) {
+        return None;
+    }
+    {
+        let _pass = inner.gate.enter().ok()?;
+        inner.disk.map.set_dirty(cover);
+        if let Err(error) = inner.disk.write_pages(range, pipe) {
+            return Some(Answer::Now(Err(errno_of(&error))));
+        }
+        inner.changed(range, range.len());
+    }
+    if !inner.pace.holds() && inner.gate.serve().is_ok() {
+        return Some(Answer::Now(Ok(())));
+    }
+    let inner = inner.clone();
+    Some(Answer::Later(Box::pin(async move { acknowledge(&inner, false).await })))
+}
+
+/// Waits until a change that was made may be answered.
+async fn acknowledge(inner: &Inner, fua: bool) -> Result<(), Errno> {
+    if fua {
+        inner.flusher.persist().await?;
+    } else {
+        inner.pace.held().await;
+    }
+    inner.gate.until_served().await
+}
+
 /// Does what must be waited for, then tries again. Nothing is half done when it is dropped: an attempt is whole.
 async fn finish(inner: Arc<Inner>, mutation: Mutation, fua: bool, first: Option<Tried>) -> Result<(), Errno> {
     let mut tried = match first {
@@ -112,12 +144,7 @@ async fn finish(inner: Arc<Inner>, mutation: Mutation, fua: bool, first: Option<
     if let Some(fault) = waited {
         fault.served();
     }
-    if fua {
-        inner.flusher.persist().await?;
-    } else {
-        inner.pace.held().await;
-    }
-    inner.gate.until_served().await
+    acknowledge(&inner, fua).await
 }
 
 async fn attempt_anywhere(inner: &Arc<Inner>, mutation: &Mutation) -> Result<Tried, Errno> {
@@ -167,10 +194,15 @@ impl Inner {
             }
             Err(error) => return Tried::Failed(errno_of(&error)),
         }
+        self.changed(range, mutation.unwritten());
+        Tried::Done
+    }
+
+    /// Bytes have changed.
+    fn changed(&self, range: ByteRange, unwritten: u64) {
         self.tracker.record(self.started.elapsed(), range);
         self.flusher.changed();
-        self.pace.wrote(mutation.unwritten());
-        Tried::Done
+        self.pace.wrote(unwritten);
     }
 
     fn attempt_on_missing(
@@ -245,6 +277,7 @@ mod tests {
     use nbd::export::Export;
 
     use super::super::LazyExport;
+    use super::super::gate::GateMode;
     use super::super::testing::{Lab, Source, done, read};
     use super::*;
     use crate::store::MemoryStore;
@@ -276,5 +309,63 @@ mod tests {
         let refused = lab.export.write_zeroes(100, 8192, FAST, false);
         assert!(matches!(refused, Answer::Now(Err(Errno::ENOTSUP))), "its edges are missing");
         assert!(lab.source.reads().is_empty());
+    }
+
+    /// A pipe with these bytes in it, and both its ends.
+    fn pipe_with(bytes: &[u8]) -> (std::io::PipeReader, std::io::PipeWriter) {
+        use std::io::Write;
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        writer.write_all(bytes).unwrap();
+        (reader, writer)
+    }
+
+    fn left_in(pipe: (std::io::PipeReader, std::io::PipeWriter)) -> usize {
+        use std::io::Read;
+        let (mut reader, writer) = pipe;
+        drop(writer);
+        let mut left = Vec::new();
+        reader.read_to_end(&mut left).unwrap()
+    }
+
+    #[tokio::test]
+    async fn pages_of_present_blocks_are_written_tracked_and_held_by_the_gate_like_any_write() {
+        use std::os::fd::AsFd;
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        std::fs::write(&image, vec![7; 65536]).unwrap();
+        let file = LazyExport::local("file", &image, false).unwrap();
+        let pipe = pipe_with(&[1; 9000]);
+        done(file.write_pages(4096, 9000, pipe.0.as_fd()).unwrap()).await.unwrap();
+        assert_eq!(left_in(pipe), 0);
+        let bytes = std::fs::read(&image).unwrap();
+        assert!(bytes[..4096] == [7; 4096] && bytes[4096..13_096] == [1; 9000] && bytes[13_096..] == [7; 52_440]);
+        assert_eq!(file.status().dirty_bytes, 3 * 4096);
+
+        for mode in [GateMode::ReadOnly, GateMode::Held, GateMode::Closed] {
+            file.gate().set(mode).await;
+            let pipe = pipe_with(&[2; 4096]);
+            assert!(file.write_pages(0, 4096, pipe.0.as_fd()).is_none(), "{mode:?}");
+            assert_eq!(left_in(pipe), 4096, "the bytes are there for the write that waits or fails");
+        }
+        assert!(std::fs::read(&image).unwrap() == bytes);
+    }
+
+    #[tokio::test]
+    async fn pages_of_missing_blocks_are_left_to_the_write_and_what_the_store_refuses_is_an_error() {
+        use std::os::fd::AsFd;
+        let lab = Lab::new(Source::new(Source::pattern(65536)), |config| config.background = false).await;
+        let pipe = pipe_with(&[1; 8192]);
+        assert!(lab.export.write_pages(0, 8192, pipe.0.as_fd()).is_none());
+        assert_eq!(left_in(pipe), 8192);
+
+        // A store that takes no writes.
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        std::fs::write(&image, vec![7; 65536]).unwrap();
+        let read_only = crate::store::FileStore::open(&image, true).unwrap();
+        let export = LazyExport::local_on("refuses", Arc::new(read_only), false).unwrap();
+        let pipe = pipe_with(&[1; 8192]);
+        assert!(done(export.write_pages(0, 8192, pipe.0.as_fd()).unwrap()).await.is_err());
+        assert_eq!(left_in(pipe), 0, "they are thrown away, so that the pipe is in step");
     }
 }

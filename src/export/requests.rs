@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use bytes::{Bytes, BytesMut};
 use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, Spliced, ZeroMode};
 use nbd::wire::Errno;
+use tokio::runtime::Handle;
 
 use super::contexts;
 use super::gate::{GateMode, Refusal};
@@ -49,8 +50,9 @@ impl Export for LazyExport {
         let read = inner.read_here(offset, buffer, &missing);
         // The lease may have ended while the disk was slow, or this process stood still.
         match (inner.gate.serve(), read) {
-            (Ok(()), Ok(holes)) if holes.is_empty() => ReadAnswer::Now(Ok(())),
-            (Ok(()), Ok(holes)) => ReadAnswer::Sparse(holes),
+            (Ok(()), Ok(Some(holes))) if holes.is_empty() => ReadAnswer::Now(Ok(())),
+            (Ok(()), Ok(Some(holes))) => ReadAnswer::Sparse(holes),
+            (Ok(()), Ok(None)) => ReadAnswer::Later(Box::pin(read_from_disk(inner.clone(), range))),
             (Ok(()), Err(error)) => ReadAnswer::Now(Err(errno_of(&error))),
             (Err(Refusal::Fail(errno)), _) => ReadAnswer::Now(Err(errno)),
             (Err(Refusal::Wait), _) => later(),
@@ -77,6 +79,10 @@ impl Export for LazyExport {
 
     fn write(&self, offset: u64, data: Bytes, fua: bool) -> Answer<()> {
         mutation::answer(&self.inner, Mutation::Write { offset, data }, fua)
+    }
+
+    fn write_pages(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> Option<Answer<()>> {
+        mutation::write_pages(&self.inner, ByteRange::at(offset, length as u64), pipe)
     }
 
     fn flush(&self) -> Answer<()> {
@@ -135,6 +141,10 @@ impl Export for LazyExport {
         *self.inner.complete.borrow() == PullState::Pulling
     }
 
+    fn home(&self) -> Option<Handle> {
+        self.inner.home.as_ref().map(|home| home.handle().clone())
+    }
+
     fn client_entered(self: Arc<Self>) -> Box<dyn Send + Sync> {
         self.inner.clients.fetch_add(1, Ordering::Relaxed);
         Box::new(Client(self.inner.clone()))
@@ -165,6 +175,22 @@ impl Inner {
     }
 }
 
+/// A read of present blocks that waits for the local disk: on a thread, so that the connection's other requests do not
+/// wait behind it, and the disk has many at a time.
+async fn read_from_disk(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno> {
+    let Ok(turn) = inner.disk_reads.clone().acquire_owned().await else { return Err(Errno::ESHUTDOWN) };
+    let disk = inner.disk.clone();
+    let read = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        let mut buffer = BytesMut::zeroed(range.len() as usize);
+        disk.read(range.start, &mut buffer).map(|()| buffer.freeze())
+    });
+    let bytes = read.await.map_err(|_| Errno::EIO)?;
+    // The lease may have ended meanwhile.
+    inner.gate.until_served().await?;
+    bytes.map_err(|error| errno_of(&error))
+}
+
 /// A read that must wait: for the gate, or for missing blocks.
 async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno> {
     inner.gate.until_served().await?;
@@ -185,4 +211,125 @@ async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno>
     // It may have been fenced meanwhile.
     inner.gate.until_served().await?;
     bytes.map_err(|error| errno_of(&error))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::{Condvar, Mutex};
+
+    use super::super::testing::{done, eventually};
+    use super::*;
+    use crate::limits::DISK_READS;
+    use crate::store::{Durable, MemoryStore, Store};
+
+    const SIZE: usize = 1 << 20;
+
+    /// A disk of which nothing is in memory, and whose reads wait until they are let through.
+    struct Slow {
+        store: MemoryStore,
+        open: Mutex<bool>,
+        opened: Condvar,
+        reading: AtomicUsize,
+        most: AtomicUsize,
+        fails: bool,
+    }
+
+    impl Slow {
+        fn new(fails: bool) -> Arc<Slow> {
+            let bytes = (0..SIZE).map(|at| (at / 512) as u8).collect();
+            let (open, opened) = (Mutex::new(false), Condvar::new());
+            let (reading, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            Arc::new(Slow { store: MemoryStore::from_bytes(bytes), open, opened, reading, most, fails })
+        }
+
+        fn open(&self) {
+            *self.open.lock().unwrap() = true;
+            self.opened.notify_all();
+        }
+    }
+
+    impl Store for Slow {
+        fn size(&self) -> u64 {
+            SIZE as u64
+        }
+        fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+            self.most.fetch_max(self.reading.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            let mut open = self.open.lock().unwrap();
+            while !*open {
+                open = self.opened.wait(open).unwrap();
+            }
+            drop(open);
+            self.reading.fetch_sub(1, Ordering::SeqCst);
+            if self.fails { Err(io::ErrorKind::Other.into()) } else { self.store.read_at(offset, buffer) }
+        }
+        fn read_cached(&self, _: u64, buffer: &mut [u8]) -> io::Result<bool> {
+            buffer.fill(0xee);
+            Ok(false)
+        }
+        fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+            self.store.write_at(offset, data)
+        }
+        fn write_zeroes(&self, range: ByteRange, no_hole: bool) -> io::Result<()> {
+            self.store.write_zeroes(range, no_hole)
+        }
+        fn discard(&self, range: ByteRange) -> io::Result<()> {
+            self.store.discard(range)
+        }
+        fn sync(&self) -> io::Result<Durable> {
+            self.store.sync()
+        }
+        fn data_ranges(&self, from: u64, max: usize) -> io::Result<Option<Vec<ByteRange>>> {
+            self.store.data_ranges(from, max)
+        }
+    }
+
+    fn reads(export: &LazyExport, count: usize) -> Vec<(u64, tokio::task::JoinHandle<Result<Bytes, Errno>>)> {
+        let read = |index: usize| {
+            let offset = (index * 5003) as u64;
+            let mut buffer = vec![0; 4096];
+            match export.read(offset, &mut buffer) {
+                ReadAnswer::Later(work) => (offset, tokio::spawn(work)),
+                _ => panic!("nothing is in memory"),
+            }
+        };
+        (0..count).map(read).collect()
+    }
+
+    #[tokio::test]
+    async fn reads_wait_for_the_disk_beside_each_other_up_to_a_limit_and_hold_up_nothing_else() {
+        let store = Slow::new(false);
+        let export = LazyExport::local_on("slow", store.clone(), false).unwrap();
+        let reads = reads(&export, 2 * DISK_READS);
+        eventually("as many reads as may", || store.reading.load(Ordering::SeqCst) == DISK_READS).await;
+        // This is the thread that the connections are served by.
+        done(export.write(SIZE as u64 - 4096, Bytes::from(vec![9; 4096]), false)).await.unwrap();
+        store.open();
+        let content = store.store.to_bytes();
+        for (offset, read) in reads {
+            assert!(read.await.unwrap().unwrap() == content[offset as usize..offset as usize + 4096]);
+        }
+        assert_eq!(store.most.load(Ordering::SeqCst), DISK_READS);
+    }
+
+    #[tokio::test]
+    async fn what_the_disk_says_is_answered_and_nothing_after_the_end() {
+        let store = Slow::new(true);
+        let export = LazyExport::local_on("slow", store.clone(), false).unwrap();
+        let failing = reads(&export, 1);
+        store.open();
+        for (_, read) in failing {
+            assert_eq!(read.await.unwrap(), Err(Errno::EIO));
+        }
+        let store = Slow::new(false);
+        let export = LazyExport::local_on("slow", store.clone(), false).unwrap();
+        let late = reads(&export, 1);
+        eventually("the read", || store.reading.load(Ordering::SeqCst) == 1).await;
+        export.gate().set(GateMode::Closed).await;
+        store.open();
+        for (_, read) in late {
+            assert_eq!(read.await.unwrap(), Err(Errno::ESHUTDOWN));
+        }
+    }
 }

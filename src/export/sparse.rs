@@ -25,14 +25,14 @@ impl Inner {
     }
 
     /// Fills the buffer from `offset`, zeroes where blocks are `missing`. Says where it knows of long holes, in ranges
-    /// of the buffer.
+    /// of the buffer. `None`: the disk has to be waited for.
     #[inline]
     pub(super) fn read_here(
         self: &Arc<Self>,
         offset: u64,
         buffer: &mut [u8],
         missing: &[BlockRange],
-    ) -> io::Result<Vec<Range<usize>>> {
+    ) -> io::Result<Option<Vec<Range<usize>>>> {
         let holes = if buffer.len() < SPARSE_READ_MIN {
             Vec::new()
         } else {
@@ -43,16 +43,20 @@ impl Inner {
             && all.len() == buffer.len()
         {
             buffer.fill(0);
-            return Ok(holes);
+            return Ok(Some(holes));
         }
-        self.disk.read(offset, buffer)?;
+        if !missing.is_empty() {
+            self.disk.read(offset, buffer)?;
+        } else if !self.disk.read_cached(offset, buffer)? {
+            return Ok(None);
+        }
         for blocks in missing {
             let bytes = self.disk.block_size.bytes_of(*blocks, self.disk.size());
             let within = |at: u64| (at.max(offset) - offset).min(buffer.len() as u64) as usize;
             let zeroes = within(bytes.start)..within(bytes.end);
             buffer[zeroes].fill(0);
         }
-        Ok(holes)
+        Ok(Some(holes))
     }
 
     /// Whether a long range of present blocks has holes that are to be told.

@@ -15,12 +15,16 @@ use super::assemble::Fetched;
 use super::lane::Carriage;
 use super::queue::{Cargo, Carrier, ClaimId, Claimed, Class, FetchQueue, FlightId, Outgoing, Ticket};
 use super::stats::{FaultStats, PullCounters};
+use super::traffic::{Share, Traffic};
 use super::window::Window;
 use super::write_out::Backlog;
-use crate::limits::{BACKGROUND_CONNECTIONS, DEMAND_WINDOW, MAX_FETCH, RETRY_MIN};
+use crate::limits::{BACKGROUND_CONNECTIONS, DEMAND_REST, DEMAND_WINDOW, MAX_FETCH, RETRY_MIN};
 use crate::pull::{PullOrder, PullState};
 use crate::store::Disk;
-use crate::units::BlockRange;
+use crate::units::{BlockRange, ByteRange};
+
+/// How many bytes are marked under one hold of the lock.
+const KEEP_AT_ONCE: u64 = 64 << 20;
 
 pub(super) struct Waiter {
     pub(super) brought: Fetched,
@@ -38,12 +42,14 @@ pub(super) struct State {
     /// The store took no bytes: when to try again, and why.
     pub(super) paused: Option<(Duration, io::Error)>,
     carriers: u64,
+    share: Share,
 }
 
 /// See the module's documentation.
 pub struct Fetcher {
     pub(super) disk: Arc<Disk>,
     state: Mutex<State>,
+    traffic: Arc<Traffic>,
     started: Instant,
     background: AtomicBool,
     /// Bytes a second of background pull; 0 is no limit.
@@ -80,7 +86,13 @@ pub(crate) enum LaneKind {
 
 impl Fetcher {
     /// Nothing flies until lanes ask for work.
-    pub fn new(disk: Arc<Disk>, order: PullOrder, rate: Option<u64>, background: bool) -> Arc<Fetcher> {
+    pub fn new(
+        disk: Arc<Disk>,
+        order: PullOrder,
+        rate: Option<u64>,
+        background: bool,
+        traffic: Arc<Traffic>,
+    ) -> Arc<Fetcher> {
         let max_flight = MAX_FETCH / disk.block_size.bytes();
         let state = State {
             queue: FetchQueue::new(max_flight),
@@ -91,12 +103,14 @@ impl Fetcher {
             rate_next: Duration::ZERO,
             paused: None,
             carriers: 0,
+            share: Share::default(),
         };
         let first = if background { PullState::Pulling } else { PullState::Off };
         Arc::new(Fetcher {
             disk,
             state: Mutex::new(state),
-            started: Instant::now(),
+            started: traffic.started(),
+            traffic,
             background: AtomicBool::new(background),
             rate: AtomicU64::new(rate.unwrap_or(0)),
             demand_wake: Notify::new(),
@@ -169,6 +183,37 @@ impl Fetcher {
             }
             Claimed::Wait(ticket) => Err(self.wait_for(&mut state, ticket)),
         }
+    }
+
+    /// The store holds these bytes already, durably: what is missing of the whole blocks among them is present from now on.
+    /// Where somebody writes, or a fetch lands, at this moment, the blocks are left to the pull.
+    pub(crate) fn keep(&self, bytes: ByteRange) {
+        let (block_size, size) = (self.disk.block_size, self.disk.size());
+        for start in (bytes.start..bytes.end).step_by(KEEP_AT_ONCE as usize) {
+            let part = ByteRange::new(start, bytes.end.min(start + KEEP_AT_ONCE));
+            self.keep_blocks(block_size.inside(part, size));
+        }
+        self.note_present();
+    }
+
+    fn keep_blocks(&self, blocks: BlockRange) {
+        let mut state = self.lock();
+        if blocks.is_empty() || state.queue.is_claimed(blocks) {
+            return;
+        }
+        // As if they were written here: no fetch lands on them any more, who waits for one is served from the store.
+        let (claim, mut finished) = match state.queue.claim(blocks) {
+            Claimed::Granted(claim, finished) => (claim, finished),
+            Claimed::Wait(ticket) => return state.queue.cancel(ticket),
+        };
+        let missing: Vec<BlockRange> = self.disk.map.missing_in(blocks).collect();
+        for part in missing {
+            self.disk.map.set_present(part);
+            let bytes = self.disk.block_size.bytes_of(part, self.disk.size()).len();
+            self.counters.skipped_bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
+        finished.extend(state.queue.release(claim));
+        self.finish(&mut state, finished);
     }
 
     /// Switches the background pull on or off. What is in flight still arrives.
@@ -283,7 +328,19 @@ impl Fetcher {
             };
             counter.fetch_add(1, Ordering::Relaxed);
         }
+        self.tell(&mut state);
         next
+    }
+
+    /// The other pulls of the node see how this one stands.
+    fn tell(&self, state: &mut State) {
+        let (demanding, flying) = (state.queue.in_flight(Class::Demand) > 0, self.background_flying(state));
+        self.traffic.tell(&mut state.share, demanding, flying);
+    }
+
+    /// Bytes of background requests in flight.
+    fn background_flying(&self, state: &State) -> u64 {
+        state.queue.in_flight(Class::Background) * self.disk.block_size.bytes()
     }
 
     fn next_demand(&self, state: &mut State, carrier: Carrier, now: Duration) -> Next {
@@ -294,6 +351,7 @@ impl Fetcher {
         match state.queue.poll(Class::Demand, carrier, now) {
             Some(flight) => {
                 state.window.demanded(now);
+                self.traffic.demanded(now);
                 Next::Send(flight)
             }
             None => Next::Wait(state.queue.next_timeout()),
@@ -304,8 +362,13 @@ impl Fetcher {
         if !self.background() {
             return Next::Wait(None);
         }
-        let flying = state.queue.in_flight(Class::Background) * self.disk.block_size.bytes();
-        let mut room = state.window.room(now, state.queue.in_flight(Class::Demand) > 0);
+        let flying = self.background_flying(state);
+        let demanded = state.queue.in_flight(Class::Demand) > 0;
+        let elsewhere = self.traffic.demands() && !demanded;
+        if let Some(at) = self.traffic.demanded_at() {
+            state.window.demanded(at);
+        }
+        let mut room = state.window.room(now, demanded || elsewhere);
         if let Some((until, _)) = &state.paused {
             if now < *until {
                 return Next::Wait(Some(*until));
@@ -320,7 +383,16 @@ impl Fetcher {
         let is_spare = lane > 0 && room.piece < MAX_FETCH;
         if is_spare || (flying > 0 && flying + room.piece > room.window) {
             self.held_back.store(true, Ordering::Release);
-            return Next::Wait(room.more_at);
+            // What ends elsewhere wakes nobody here.
+            return Next::Wait(if elsewhere { Some(now + DEMAND_REST) } else { room.more_at });
+        }
+        // While a client waits, all pulls together have no more in front of it than one alone would have.
+        let others = self.traffic.flying().saturating_sub(flying);
+        if room.piece < MAX_FETCH && others > 0 && others + flying + room.piece > room.window {
+            return Next::Wait(Some(now + DEMAND_REST));
+        }
+        if let Some(until) = self.traffic.closed_until(now) {
+            return Next::Wait(Some(until));
         }
         let rate = self.rate.load(Ordering::Acquire);
         if rate > 0 && now < state.rate_next {
@@ -330,9 +402,13 @@ impl Fetcher {
         let mut passes = 0;
         loop {
             if let Some(flight) = state.queue.poll(Class::Background, carrier, now) {
-                if rate > 0 && flight.cargo == Cargo::Bytes {
-                    let bytes = (flight.range.len() * self.disk.block_size.bytes()) as f64;
-                    state.rate_next = state.rate_next.max(now) + Duration::from_secs_f64(bytes / rate as f64);
+                if flight.cargo == Cargo::Bytes {
+                    let bytes = flight.range.len() * self.disk.block_size.bytes();
+                    self.traffic.sent(now, bytes);
+                    if rate > 0 {
+                        state.rate_next =
+                            state.rate_next.max(now) + Duration::from_secs_f64(bytes as f64 / rate as f64);
+                    }
                 }
                 return Next::Send(flight);
             }
@@ -355,12 +431,17 @@ impl Fetcher {
 
     /// The upstream answered an error: again after a pause.
     pub(crate) fn refused(&self, id: FlightId) {
-        self.lock().queue.failed(id, self.now());
+        let mut state = self.lock();
+        state.queue.failed(id, self.now());
+        self.tell(&mut state);
     }
 
     /// A connection is gone: its flights go over the next one.
     pub(crate) fn lost(&self, carrier: Carrier) {
-        self.lock().queue.lost(carrier);
+        let mut state = self.lock();
+        state.queue.lost(carrier);
+        self.tell(&mut state);
+        drop(state);
         self.demand_wake.notify_one();
         self.wake_background();
     }
@@ -386,6 +467,13 @@ impl Fetcher {
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Fetcher {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.traffic.tell(&mut state.share, false, 0);
     }
 }
 

@@ -56,7 +56,7 @@ impl Links {
         {
             return Ok(link);
         }
-        match tokio::time::timeout(EXTRA_CONNECT_TIMEOUT, self.upstream.connect(Some(self.size))).await {
+        match tokio::time::timeout(EXTRA_CONNECT_TIMEOUT, self.upstream.connect_to_read(Some(self.size))).await {
             Ok(Ok(connection)) => Ok(Link { connection, shared: false }),
             Ok(Err(error)) if error.is_fatal() => Err(error),
             Ok(Err(error)) => shared().ok_or(error),

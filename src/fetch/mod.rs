@@ -12,10 +12,12 @@ pub(crate) mod links;
 pub mod queue;
 mod ranges;
 mod stats;
+mod traffic;
 mod window;
 pub(crate) mod write_out;
 
 pub use assemble::Fetched;
 pub use fetcher::{ClaimGuard, Fetcher, Waiting};
 pub use queue::Class;
-pub use stats::{FaultStats, FaultSummary, PullCounters};
+pub use stats::{FaultStats, FaultSummary, PullCounters, WaitHistogram, percentile, wait_limit_us};
+pub use traffic::Traffic;

@@ -310,6 +310,11 @@ impl FetchQueue {
         true
     }
 
+    /// Whether a local write of some of these blocks is under way.
+    pub fn is_claimed(&self, range: BlockRange) -> bool {
+        self.claims.iter().any(|(_, claimed, _)| claimed.intersect(range).is_some())
+    }
+
     /// A local write is about to change blocks of which some are missing.
     pub fn claim(&mut self, range: BlockRange) -> Claimed {
         let over = self.overlapping(range);

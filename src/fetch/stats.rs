@@ -85,6 +85,20 @@ pub struct FaultSummary {
     pub max_us: u64,
 }
 
+/// Waits counted below bounds that double, as Prometheus wants them.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct WaitHistogram {
+    /// A bound in seconds, and how many waited less, in rising order.
+    pub below: Vec<(f64, u64)>,
+    /// All that waited.
+    pub count: u64,
+    /// All waits together, in seconds.
+    pub sum_seconds: f64,
+}
+
+/// The bounds of [`WaitHistogram`], as powers of two in microseconds: 128 us to 67 s.
+const BOUNDS: std::ops::RangeInclusive<u32> = 7..=26;
+
 impl FaultStats {
     /// A request begins to wait.
     pub fn begin(&self) -> Fault<'_> {
@@ -119,21 +133,40 @@ impl FaultStats {
         self.total_us.load(Ordering::Relaxed)
     }
 
+    /// The figures for graphs.
+    pub fn histogram(&self) -> WaitHistogram {
+        let counts = self.counts();
+        let below = |power: u32| counts[..bucket(1 << power)].iter().sum();
+        WaitHistogram {
+            below: BOUNDS.map(|power| ((1_u64 << power) as f64 / 1e6, below(power))).collect(),
+            // Of the same look: a bucket never holds more than all.
+            count: counts.iter().sum(),
+            sum_seconds: self.total_us() as f64 / 1e6,
+        }
+    }
+
     /// The figures for people.
     pub fn summary(&self) -> FaultSummary {
-        let counts: Vec<u64> = self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect();
-        let all: u64 = counts.iter().sum();
-        let max_us = self.max_us.load(Ordering::Relaxed);
-        let at = |percent: u64| {
-            let (wanted, mut seen) = ((all * percent).div_ceil(100), 0);
-            let found = counts.iter().position(|count| {
-                seen += count;
-                seen >= wanted
-            });
-            if all == 0 { 0 } else { found.map_or(max_us, upper_end).min(max_us) }
-        };
+        let (counts, max_us) = (self.counts(), self.max_us.load(Ordering::Relaxed));
+        let at = |percent: u64| percentile(&counts, percent).min(max_us);
         FaultSummary { count: self.count.load(Ordering::Relaxed), p50_us: at(50), p99_us: at(99), max_us }
     }
+
+    /// How many waited how long, so far: as [`percentile`] and [`wait_limit_us`] want it.
+    pub fn counts(&self) -> Vec<u64> {
+        self.buckets.iter().map(|bucket| bucket.load(Ordering::Relaxed)).collect()
+    }
+}
+
+/// So many of 100 waited less than this, in microseconds; 0 where nobody waited.
+pub fn percentile(counts: &[u64], percent: u64) -> u64 {
+    let wanted = (counts.iter().sum::<u64>() * percent).div_ceil(100);
+    let mut seen = 0;
+    let found = counts.iter().position(|count| {
+        seen += count;
+        seen >= wanted && wanted > 0
+    });
+    found.map_or(0, wait_limit_us)
 }
 
 fn bucket(us: u64) -> usize {
@@ -145,7 +178,8 @@ fn bucket(us: u64) -> usize {
     (((exponent - 2) * STEPS) as usize + step as usize).min(BUCKETS - 1)
 }
 
-fn upper_end(bucket: usize) -> u64 {
+/// The longest wait that is counted in a bucket, in microseconds.
+pub fn wait_limit_us(bucket: usize) -> u64 {
     if bucket < STEPS as usize {
         return bucket as u64;
     }
@@ -161,7 +195,7 @@ mod tests {
     fn every_value_lies_in_its_bucket() {
         for us in (0..5000).chain([1 << 20, (1 << 30) + 12345]) {
             let found = bucket(us);
-            assert!(us <= upper_end(found) && (found == 0 || us > upper_end(found - 1)), "{us} in {found}");
+            assert!(us <= wait_limit_us(found) && (found == 0 || us > wait_limit_us(found - 1)), "{us} in {found}");
         }
     }
 
@@ -175,6 +209,16 @@ mod tests {
         assert!(stats.longest_wait().is_some());
         second.served();
         assert_eq!((stats.longest_wait(), stats.summary().count), (None, 1));
+    }
+
+    #[test]
+    fn the_histogram_counts_what_lies_below_each_bound() {
+        let stats = FaultStats::default();
+        [127, 128, 255, 256, 1 << 30].iter().for_each(|&us| stats.record(Duration::from_micros(us)));
+        let found = stats.histogram();
+        assert_eq!(found.below[..3], [(0.000128, 1), (0.000256, 3), (0.000512, 4)]);
+        assert_eq!((found.below.last(), found.count), (Some(&(67.108864, 4)), 5));
+        assert!((found.sum_seconds - 1073.742590).abs() < 1e-6, "{found:?}");
     }
 
     #[test]

@@ -12,8 +12,8 @@ use super::Error;
 use super::lease_file::{GuardLease, is_guarded};
 use crate::container::Cgroup;
 
-/// How long a guard that was started may take until it guards.
-const READY_WITHIN: Duration = Duration::from_secs(2);
+/// How long a guard that was started may take until it guards: milliseconds, but on a host that is busy with other things.
+const READY_WITHIN: Duration = Duration::from_secs(10);
 const READY_PAUSE: Duration = Duration::from_millis(5);
 
 /// Where guards live, so that what ends the node's group (a service manager, say) does not end them.

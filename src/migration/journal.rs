@@ -137,6 +137,7 @@ mod tests {
             container: None,
             policy: LinkPolicy::default(),
             seal: None,
+            base: None,
         })
     }
 

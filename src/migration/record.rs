@@ -98,6 +98,9 @@ pub struct SourceRecord {
     pub policy: LinkPolicy,
     /// The image at the freeze point; `None` where nothing tells (a block device).
     pub seal: Option<ImageMark>,
+    /// The migration that brought the disk to this host, if one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<MigrationId>,
 }
 
 /// The container that was, or is to be, restored here.
@@ -260,6 +263,7 @@ mod tests {
             container: None,
             policy: LinkPolicy::default(),
             seal: None,
+            base: None,
         })
     }
 

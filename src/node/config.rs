@@ -36,6 +36,8 @@ pub struct NodeConfig {
     pub bundle_dir: Option<PathBuf>,
     /// Where disks of containers are mounted, one directory a disk.
     pub mount_dir: Option<PathBuf>,
+    /// Bytes a second that all pulls in the background take together at most.
+    pub pull_rate: Option<u64>,
     /// Freeze a container that came here when a read of its disk waits longer than this for the source.
     pub starve_after: Option<std::time::Duration>,
     /// The lease of the migrations that begin here.

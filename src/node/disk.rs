@@ -3,14 +3,18 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nbd::wire::Errno;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::DiskName;
 use super::spec::{DiskSpec, Origin};
 use crate::clock;
-use crate::control::status::{DiskStatus, Faults};
+use crate::control::status::{DiskStatus, Faults, Filling};
 use crate::device::DeviceSlot;
 use crate::error::{Failure, Outcome};
+use crate::events::History;
 use crate::export::LazyExport;
 use crate::migration::driver::{ContainerState, DestinationHandle, SharedRecord, SourceHandle, SourceHold};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
@@ -29,9 +33,18 @@ pub struct Disk {
     pub journal: SharedRecord,
     /// Where it is attached.
     pub device: Arc<DeviceSlot>,
+    /// What its lines in the log carry.
+    pub span: tracing::Span,
     /// Ends everything that belongs to it.
     pub stop: CancellationToken,
+    /// Changes when the role is another one.
+    pub(crate) role_set: watch::Sender<()>,
     pub(super) role: Mutex<Role>,
+    pub(super) history: Mutex<History>,
+    /// It was taken off the list.
+    pub(super) retired: tokio::sync::OnceCell<()>,
+    /// Its observer.
+    pub(super) tasks: TaskTracker,
 }
 
 /// A disk's part in a migration.
@@ -58,6 +71,28 @@ impl Disk {
 
     pub(super) fn set_role(&self, role: Role) {
         *self.role.lock().unwrap_or_else(PoisonError::into_inner) = role;
+        self.role_set.send_replace(());
+    }
+
+    /// How it filled.
+    pub fn history(&self) -> History {
+        self.with_history(|history| history.clone())
+    }
+
+    pub(crate) fn with_history<T>(&self, change: impl FnOnce(&mut History) -> T) -> T {
+        change(&mut self.history.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Ends all that belongs to it, in order. Whatever comes of that, nothing writes into its directory any more.
+    ///
+    /// # Errors
+    /// It could not be made durable.
+    pub(super) async fn end(&self) -> Result<(), Errno> {
+        self.stop.cancel();
+        self.device.hang_up().await;
+        let ended = self.export.shutdown().await;
+        self.tasks.wait().await;
+        ended
     }
 
     /// The highest epoch that this host knows of it.
@@ -160,6 +195,7 @@ impl Disk {
             container_state: None,
             paused: data.paused_reason,
             last_error: data.upstream.last_error,
+            destination: None,
         };
         let link = |needed: bool, up: bool| match (needed, up) {
             (false, _) => "none".to_string(),
@@ -183,6 +219,13 @@ impl Disk {
                     status.container = view.record.container.map(|container| container.id);
                 }
                 status.frozen_ms = source.frozen_ms();
+                let theirs = view.progress;
+                status.destination = match view.record.phase {
+                    SourcePhase::HandedOver => Some(Filling::of(data.size, theirs.present_bytes, theirs.pull_rate)),
+                    // On proof, whatever its last beat said before.
+                    SourcePhase::Released => Some(Filling::of(data.size, data.size, 0)),
+                    _ => None,
+                };
             }
             Role::Destination(destination) => {
                 let view = destination.view();

@@ -1,22 +1,25 @@
 //! The node's part in migrations: what its operator's commands do.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
+use tracing::Instrument;
 
 use super::disk::Role;
-use super::spec::DiskSpec;
-use super::{Disk, DiskName, Node};
+use super::spec::{DiskSpec, Origin};
+use super::{Disk, DiskName, Node, home_of, returning};
 use crate::clock;
-use crate::control::api::{MigrateAsk, MigrateEvent, RollbackReport, WaitFor};
+use crate::control::api::{Memory, MigrateAsk, MigrateEvent, RollbackReport, WaitFor};
 use crate::control::status::DiskStatus;
 use crate::error::{Failure, Outcome, chain};
+use crate::events::{EventKind, EventLog};
 use crate::export::{ExportConfig, GateMode, LazyExport};
 use crate::migration::driver::DestinationHold;
 use crate::migration::driver::{
-    DestinationHandle, DestinationWorld, MigrateWorld, Places, SourceHandle, SourceHold, SourceWorld, migrate,
-    new_record,
+    DestinationHandle, DestinationWorld, MigrateWorld, Places, SourceHandle, SourceHold, SourceView, SourceWorld,
+    migrate, new_record,
 };
 use crate::migration::lease::Beat;
 use crate::migration::machine::{DestinationMachine, SourceEvent, SourceMachine};
@@ -32,6 +35,8 @@ use crate::upstream::Upstream;
 
 /// How many events of a `migrate` may wait for a slow listener.
 const EVENTS: usize = 256;
+/// How long a disk that comes from another node may take from its being listed to its part in the migration.
+const ARRIVAL_TIME: Duration = Duration::from_secs(10);
 /// How often a rollback that waits looks again.
 const ROLLBACK_INTERVAL: Duration = Duration::from_millis(500);
 /// How long `rollback --plan` tries to reach the destination.
@@ -71,10 +76,12 @@ impl Node {
     pub fn migrate(self: &Arc<Self>, name: &DiskName, ask: MigrateAsk) -> Outcome<mpsc::Receiver<MigrateEvent>> {
         let disk = self.disk(name)?;
         let (tell, events) = mpsc::channel(EVENTS);
+        let (told, steps) = mpsc::channel(EVENTS);
+        tokio::spawn(pass_on(disk.clone(), self.events.clone(), steps, tell));
         let node = self.clone();
         tokio::spawn(async move {
-            if let Err(failure) = node.migrate_now(disk, ask, tell.clone()).await {
-                let _ = tell.send(MigrateEvent::Failed(failure)).await;
+            if let Err(failure) = node.migrate_now(disk, ask, told.clone()).await {
+                let _ = told.send(MigrateEvent::Failed(failure)).await;
             }
         });
         Ok(events)
@@ -89,6 +96,11 @@ impl Node {
         // Looked at before anything is begun: the answers are those of this host, and cost the peer nothing.
         let hold = self.source_hold(&disk, None);
         let found = hold.inspect(&ask.container, &ask.runtime, ask.tcp_established).await?;
+        if ask.memory == Memory::Precopy {
+            found.runtime.can_pre_dump().await.map_err(|error| {
+                Failure::refused(format!("--memory precopy with runtime {}: {}", ask.runtime, chain(&error)))
+            })?;
+        }
         let container = DestinationContainer {
             id: ask.container.clone(),
             runtime: ask.runtime.clone(),
@@ -100,7 +112,7 @@ impl Node {
             _ => return Err(Failure::refused("another migration of this disk has begun")),
         };
         let world = MigrateWorld { disk: disk.name().to_string(), size: disk.spec.size, source, hold };
-        migrate(world, ask, found, tell, disk.stop.clone()).await;
+        migrate(world, ask, found, tell, disk.stop.clone()).instrument(disk.span.clone()).await;
         Ok(())
     }
 
@@ -122,13 +134,20 @@ impl Node {
         let disk = self.disk(name)?;
         let (source, _) = disk.source()?;
         let begun = Instant::now();
-        let before = report(&disk, &source, source.view().link_up(clock::now()));
+        let view = source.view();
+        let before = report(&disk, &source, view.link_up(clock::now()));
+        let was_handed_over = view.record.phase == SourcePhase::HandedOver;
         loop {
             match source.command(SourceEvent::RollBack { mode: RollbackMode::FreezePoint, insist: wait }).await {
                 Ok(()) => break,
                 Err(failure) if wait && failure.retry_after_ms.is_some() => {
                     let left = Duration::from_millis(failure.retry_after_ms.unwrap_or_default());
                     tokio::time::sleep(left.min(ROLLBACK_INTERVAL)).await;
+                }
+                // The destination gave it up between two askings, and it was taken back by itself.
+                Err(_) if was_handed_over && is_back(&source.view()) => {
+                    let settled = source.watch().wait_for(|view| view.settled).await.is_ok();
+                    if settled { break } else { return Err(Failure::unreachable("the node is shutting down")) }
                 }
                 Err(failure) => return Err(failure.context(format!("{name} is not rolled back"))),
             }
@@ -208,14 +227,14 @@ impl Node {
             )));
         }
         let mut role = disk.role.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let epoch = match &*role {
-            Role::Idle if matches!(disk.spec.origin, super::Origin::Migration { .. }) => {
+        let (epoch, base) = match &*role {
+            Role::Idle if matches!(disk.spec.origin, Origin::Migration { .. }) => {
                 return Err(Failure::refused(format!(
                     "{} was never handed over to this host, so there is nothing to give away; remove it",
                     disk.name()
                 )));
             }
-            Role::Idle => crate::units::Epoch::default(),
+            Role::Idle => (crate::units::Epoch::default(), None),
             Role::Source(source, _) => {
                 let view = source.view();
                 let record = view.record;
@@ -235,7 +254,7 @@ impl Node {
                         record.epoch
                     )));
                 }
-                record.epoch
+                (record.epoch, record.base)
             }
             Role::Destination(destination) => {
                 let record = destination.view().record;
@@ -246,7 +265,7 @@ impl Node {
                         record.phase
                     )));
                 }
-                record.epoch
+                (record.epoch, Some(record.migration))
             }
         };
         let epoch = epoch.next();
@@ -260,10 +279,12 @@ impl Node {
             advertise: self.config.advertise.clone(),
             port: self.peer_port,
             container,
+            base: base.clone(),
         };
-        let record = new_record(migration, epoch, to, peer_name, timings, policy);
+        let record = SourceRecord { base, ..new_record(migration, epoch, to, peer_name, timings, policy) };
         let (handle, hold) = self.spawn_source(disk, SourceMachine::new(record), Some(ask));
         *role = Role::Source(handle.clone(), hold);
+        disk.role_set.send_replace(());
         Ok(handle)
     }
 
@@ -283,7 +304,7 @@ impl Node {
             ask,
             hold: hold.clone(),
         };
-        (SourceHandle::spawn(world, machine, disk.stop.clone()), hold)
+        (disk.span.in_scope(|| SourceHandle::spawn(world, machine, disk.stop.clone())), hold)
     }
 
     fn source_hold(
@@ -312,7 +333,7 @@ impl Node {
             hold: hold.clone(),
             starve_after: self.config.starve_after,
         };
-        DestinationHandle::spawn(world, machine, disk.stop.clone())
+        disk.span.in_scope(|| DestinationHandle::spawn(world, machine, disk.stop.clone()))
     }
 
     /// The container's side of a disk that comes to here.
@@ -342,7 +363,7 @@ impl Node {
     pub(super) async fn recover(self: &Arc<Self>, disk: &Arc<Disk>, record: Option<Record>) -> Outcome<()> {
         match record {
             None => {
-                if let super::Origin::Migration { .. } = disk.spec.origin {
+                if let Origin::Migration { .. } = disk.spec.origin {
                     // Made, but never recorded: nothing was promised.
                     disk.export.gate().set(GateMode::Closed).await;
                 }
@@ -382,12 +403,22 @@ impl Node {
     }
 
     /// The export of a disk that comes from another node; everything is held until it is handed over.
-    pub(super) async fn open_migration(&self, spec: &DiskSpec, from: &PeerAddress) -> Outcome<LazyExport> {
+    /// With `returns` its store was the disk when it left this host.
+    pub(super) async fn open_migration(
+        &self,
+        spec: &DiskSpec,
+        from: &PeerAddress,
+        returns: bool,
+    ) -> Outcome<LazyExport> {
         let directory = self.directory(&spec.name);
-        let mut config = ExportConfig::new(spec.name.as_str(), &directory, format!("migration of {}", spec.name));
+        let mut config = ExportConfig::new(spec.name.as_str(), &directory, identity(&spec.name));
+        config.store = spec.origin.store().map(Path::to_owned);
+        config.returns = returns;
         config.size = Some(spec.size);
         config.block_size = spec.block_size;
         config.background = false;
+        config.traffic = self.traffic.clone();
+        config.home = Some(home_of(&spec.name)?);
         let upstream = self.migration_upstream(&spec.name, from);
         let export = LazyExport::lazy(config, upstream).await.map_err(|error| Failure::failed(chain(&error)))?;
         export.gate().set(GateMode::Held).await;
@@ -409,16 +440,37 @@ impl Node {
         });
     }
 
-    /// Takes a destination's disk off the list; its store is kept when it may hold what is nowhere else.
-    pub(super) async fn retire(&self, disk: &Arc<Disk>, keep: bool) -> Outcome<()> {
-        disk.stop.cancel();
-        disk.device.hang_up().await;
-        if let Err(error) = disk.export.shutdown().await {
-            tracing::warn!(disk = %disk.name(), %error, "a discarded store could not be synced");
-        }
-        self.disks.remove_if(disk.name(), |_, found| Arc::ptr_eq(found, disk));
-        if keep { self.move_aside(&disk.directory) } else { super::remove_directory_aside(&disk.directory).await }
+    /// Takes a destination's disk off the list; its store is kept when it may hold what is nowhere else. A disk that was
+    /// to come back is again what it was. Done once, whoever asks: what is in its place afterwards is another disk.
+    pub(super) async fn retire(self: &Arc<Self>, disk: &Arc<Disk>, keep: bool) -> Outcome<()> {
+        let retired = disk.retired.get_or_try_init(|| async {
+            if let Err(error) = disk.end().await {
+                tracing::warn!(disk = %disk.name(), %error, "a discarded store could not be synced");
+            }
+            if !keep && returning::is_pending(&disk.directory) {
+                return self.turn_back(disk).await;
+            }
+            // As long as it is listed nobody makes a new disk in its directory.
+            if keep {
+                self.move_aside(&disk.directory)?
+            } else {
+                super::remove_directory_aside(&disk.directory).await?
+            }
+            self.disks.remove_if(disk.name(), |_, found| Arc::ptr_eq(found, disk));
+            Ok(())
+        });
+        retired.await.copied()
     }
+}
+
+/// What a block map of a migration says that it is of.
+pub(super) fn identity(name: &DiskName) -> String {
+    format!("migration of {name}")
+}
+
+/// It was handed over, and is this host's again.
+fn is_back(view: &SourceView) -> bool {
+    matches!(view.record.phase, SourcePhase::RolledBack | SourcePhase::Serving)
 }
 
 fn report(disk: &Disk, source: &SourceHandle, reachable: bool) -> RollbackReport {
@@ -443,7 +495,13 @@ fn report(disk: &Disk, source: &SourceHandle, reachable: bool) -> RollbackReport
 
 async fn wait_for(disk: &Disk, what: WaitFor) -> Outcome<()> {
     let gone = |_| Failure::unreachable("the node is shutting down");
-    let never = |why: String| Err(Failure::refused(format!("{} will not be {what:?}: {why}", disk.name())));
+    let wanted = format!("{what:?}").to_lowercase();
+    let never = |why: String| Err(Failure::refused(format!("{} will not be {wanted}: {why}", disk.name())));
+    let mut roles = disk.role_set.subscribe();
+    if matches!((disk.role(), &disk.spec.origin), (Role::Idle, Origin::Migration { .. })) {
+        // It is being made at this moment.
+        let _ = tokio::time::timeout(ARRIVAL_TIME, roles.changed()).await;
+    }
     match disk.role() {
         Role::Idle => match what {
             WaitFor::Complete => {
@@ -511,4 +569,23 @@ fn random() -> Outcome<u64> {
         .and_then(|mut file| file.read_exact(&mut bytes))
         .map_err(|error| Failure::failed(format!("cannot read /dev/urandom: {error}")))?;
     Ok(u64::from_ne_bytes(bytes))
+}
+
+/// The steps of a `migrate`, for the log and for whoever typed it. A slow listener misses progress, never the end.
+async fn pass_on(
+    disk: Arc<Disk>,
+    log: Arc<EventLog>,
+    mut steps: mpsc::Receiver<MigrateEvent>,
+    tell: mpsc::Sender<MigrateEvent>,
+) {
+    while let Some(step) = steps.recv().await {
+        if let Some(kind) = EventKind::of_migrate(&step) {
+            log.tell(&disk.status(), &disk.directory, kind).await;
+        }
+        if matches!(step, MigrateEvent::Complete(_) | MigrateEvent::Failed(_)) {
+            let _ = tell.send(step).await;
+        } else {
+            let _ = tell.try_send(step);
+        }
+    }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! state-dir/lock                 one node at a time
-//! state-dir/disks/NAME/          disk.json, journal, map, map.live, disk.img, device.json, images/
+//! state-dir/disks/NAME/          disk.json, journal, map, map.live, disk.img, device.json, images/, events.jsonl, history.json
+//!                                before/: see returning.rs
 //! state-dir/removed/NAME.N/      stores that were forgotten: nothing deletes what may be the only copy
 //! ```
 
@@ -12,6 +13,7 @@ mod exports;
 mod migrations;
 mod name;
 mod peer;
+mod returning;
 mod rights;
 mod spec;
 mod verify;
@@ -23,8 +25,10 @@ use dashmap::DashMap;
 use nbd::address::Address;
 use nbd::server::{Listener, ServeOptions};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument;
 
 pub use config::{NodeConfig, is_private};
 pub use disk::{Disk, Role};
@@ -33,10 +37,12 @@ pub use rights::{ClientRight, ClientRights, Seen};
 
 use crate::control::api::PullAsk;
 use crate::control::server::ControlSocket;
-use crate::control::status::NodeStatus;
+use crate::control::status::{NodeStatus, SCHEMA};
 use crate::device::{DeviceSlot, Via};
 use crate::error::{Failure, Outcome, chain};
-use crate::export::{ExportConfig, ExportError, LazyExport};
+use crate::events::{self, EventLog};
+use crate::export::{ExportConfig, ExportError, Home, LazyExport};
+use crate::fetch::Traffic;
 use crate::limits::NODE_DISKS;
 use crate::migration::journal::Journal;
 use crate::migration::phase::DestinationPhase;
@@ -44,6 +50,9 @@ use crate::migration::record::Record;
 use crate::units::BlockSize;
 use crate::upstream::{Upstream, UpstreamError};
 use spec::{DiskSpec, Origin};
+
+/// How often a directory is tried to be removed again that somebody still wrote into.
+const REMOVE_TRIES: u32 = 3;
 
 /// See the module's text.
 pub struct Node {
@@ -55,6 +64,8 @@ pub struct Node {
     peer_port: u16,
     /// Where the control socket is: a place without a disk, which small files of this boot belong to.
     run_dir: PathBuf,
+    events: Arc<EventLog>,
+    traffic: Arc<Traffic>,
     stop: CancellationToken,
     _lock: nix::fcntl::Flock<std::fs::File>,
 }
@@ -90,13 +101,16 @@ impl Running {
         let socket = ControlSocket::bind(control).await?;
         let run_dir =
             std::path::absolute(control).map_err(Failure::failed)?.parent().unwrap_or(Path::new("/")).to_owned();
+        let events = open_events(&config.state_dir).await?;
         let node = Arc::new(Node {
             nbd: listeners.iter().map(|listener| listener.address().clone()).collect(),
+            traffic: Arc::new(Traffic::new(config.pull_rate)),
             config,
             disks: DashMap::new(),
             changing: DashMap::new(),
             peer_port,
             run_dir,
+            events: Arc::new(events),
             stop: stop.clone(),
             _lock: lock,
         });
@@ -130,9 +144,7 @@ impl Running {
         self.tasks.close();
         self.tasks.wait().await;
         for disk in self.node.disks() {
-            disk.stop.cancel();
-            disk.device.hang_up().await;
-            if let Err(error) = disk.export.shutdown().await {
+            if let Err(error) = disk.end().await {
                 tracing::error!(disk = %disk.name(), error = %error, "the disk could not be made durable at the end");
             }
         }
@@ -156,27 +168,47 @@ impl Node {
 
     /// What `status` shows.
     pub fn status(&self) -> NodeStatus {
+        self.status_of(&self.disks())
+    }
+
+    /// The same with these disks only.
+    pub fn status_of(&self, disks: &[Arc<Disk>]) -> NodeStatus {
         NodeStatus {
+            schema: SCHEMA,
             version: env!("CARGO_PKG_VERSION").into(),
+            state_dir: self.config.state_dir.clone(),
             nbd: self.nbd.iter().map(ToString::to_string).collect(),
             peer: self.config.peer.clone(),
-            disks: self.disks().iter().map(|disk| disk.status()).collect(),
+            disks: disks.iter().map(|disk| disk.status()).collect(),
         }
+    }
+
+    /// What happened on this node.
+    pub fn events(&self) -> &EventLog {
+        &self.events
+    }
+
+    /// Ends when the node stops.
+    pub fn stopping(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.stop.clone().cancelled_owned()
     }
 
     /// An existing image becomes an export. The same again changes nothing.
     pub async fn add(self: &Arc<Self>, name: DiskName, image: PathBuf) -> Outcome<Arc<Disk>> {
+        let image = std::path::absolute(image).map_err(Failure::failed)?;
+        let known = image.canonicalize().ok();
+        let same = |origin: &Origin| {
+            origin.store().is_some_and(|store| store == image || known.is_some() && store.canonicalize().ok() == known)
+        };
         if let Ok(disk) = self.disk(&name) {
             return match &disk.spec.origin {
-                Origin::Local { image: found } if *found == image => Ok(disk),
+                Origin::Pull { .. } => Err(exists(&name)),
+                // It left this host and came back to where it was.
+                origin if same(origin) => Ok(disk),
                 _ => Err(exists(&name)),
             };
         }
         let _changing = self.begin_new(&name)?;
-        let same = |origin: &Origin| match origin {
-            Origin::Local { image: found } => found.canonicalize().ok() == image.canonicalize().ok(),
-            _ => false,
-        };
         if let Some(other) = self.disks().iter().find(|disk| same(&disk.spec.origin)) {
             return Err(Failure::refused(format!(
                 "{} is the export '{}' already; two exports of one image would destroy it",
@@ -184,7 +216,7 @@ impl Node {
                 other.name()
             )));
         }
-        let export = LazyExport::local(name.as_str(), &image, false).map_err(|error| Failure::failed(chain(&error)))?;
+        let export = open_local(&name, &image)?;
         let size = export.status().size;
         let spec = DiskSpec::new(name, size, BlockSize::DEFAULT, Origin::Local { image });
         self.make(spec, export)
@@ -255,7 +287,7 @@ impl Node {
                 )));
             }
         }
-        disk.device.attach(via, device).await
+        disk.device.attach(via, device).instrument(disk.span.clone()).await
     }
 
     /// Takes an export's block device away.
@@ -271,31 +303,44 @@ impl Node {
             .map_err(|error| Failure::failed(format!("cannot make {}: {error}", directory.display())))?;
         let (journal, _) = open_journal(&directory, &spec.name)?;
         spec.write(&directory)?;
-        Ok(self.enlist(spec, export, journal))
+        Ok(self.enlist(spec, export, journal, true))
     }
 
-    fn enlist(self: &Arc<Self>, spec: DiskSpec, export: LazyExport, journal: Journal) -> Arc<Disk> {
+    /// Puts it into the list, and begins to fetch if it `fetches`.
+    fn enlist(self: &Arc<Self>, spec: DiskSpec, export: LazyExport, journal: Journal, fetches: bool) -> Arc<Disk> {
         let stop = self.stop.child_token();
         let directory = self.directory(&spec.name);
         let device = DeviceSlot::new(spec.name.as_str(), &directory, Arc::new(export.clone()), stop.clone());
+        // Whatever the filter says: without it, lines do not tell which disk they are about.
+        let span = tracing::error_span!("disk", disk = %spec.name, epoch = 0u64, phase = "serving");
+        if !matches!(spec.origin, Origin::Local { .. }) {
+            span.record("phase", "pulling");
+        }
         let disk = Arc::new(Disk {
+            span,
             directory,
             export,
             journal: Arc::new(Mutex::new(journal)),
             device,
             stop,
+            role_set: watch::Sender::new(()),
             role: Mutex::new(Role::Idle),
+            history: Mutex::default(),
+            retired: tokio::sync::OnceCell::new(),
+            tasks: TaskTracker::new(),
             spec,
         });
-        disk.export.start();
+        if fetches {
+            disk.span.in_scope(|| disk.export.start());
+        }
+        disk.tasks.spawn(events::watch(disk.clone(), self.events.clone()).instrument(disk.span.clone()));
+        disk.tasks.close();
         self.disks.insert(disk.name().clone(), disk.clone());
         disk
     }
 
     async fn forget(&self, disk: &Arc<Disk>) -> Outcome<()> {
-        disk.stop.cancel();
-        disk.device.hang_up().await;
-        disk.export.shutdown().await.map_err(|error| {
+        disk.end().await.map_err(|error| {
             Failure::failed(format!("cannot make {} durable before it is removed: {error}", disk.name()))
         })?;
         self.disks.remove(disk.name());
@@ -327,6 +372,7 @@ impl Node {
         crate::files::sync_parent(&disks).map_err(failed)?;
         for entry in std::fs::read_dir(&disks).map_err(failed)? {
             let directory = entry.map_err(failed)?.path();
+            returning::settle(&directory)?;
             let Some(spec) = DiskSpec::read(&directory)? else {
                 tracing::warn!(path = %directory.display(), "a disk was being made when the node died; it is dropped");
                 self.move_aside(&directory)?;
@@ -342,16 +388,14 @@ impl Node {
         let begun = async {
             let (journal, record) = open_journal(directory, &name)?;
             let export = match &spec.origin {
-                Origin::Local { image } => {
-                    LazyExport::local(name.as_str(), image, false).map_err(|error| Failure::failed(chain(&error)))?
-                }
+                Origin::Local { image } => open_local(&name, image)?,
                 Origin::Pull { .. } => self.open_pull(&spec).await?,
-                Origin::Migration { from } => {
+                Origin::Migration { from, .. } => {
                     let name = match &record {
                         Some(Record::Destination(record)) => record.peer_name.as_deref(),
                         _ => None,
                     };
-                    self.open_migration(&spec, &self.peer_at(from, name)).await?
+                    self.open_migration(&spec, &self.peer_at(from, name), false).await?
                 }
             };
             if export.status().size != spec.size {
@@ -362,7 +406,9 @@ impl Node {
                     directory.display()
                 )));
             }
-            let disk = self.enlist(spec, export, journal);
+            // Nobody needs what a disk lacks that was given up, and its source does not serve it any more.
+            let given_up = matches!(&record, Some(Record::Destination(it)) if it.phase == DestinationPhase::Discarded);
+            let disk = self.enlist(spec, export, journal, !given_up);
             self.recover(&disk, record).await?;
             Ok(disk)
         };
@@ -385,6 +431,8 @@ impl Node {
         config.order = *order;
         config.rate = *rate;
         config.background = *background;
+        config.traffic = self.traffic.clone();
+        config.home = Some(home_of(&spec.name)?);
         let upstream = Upstream::from_uri(from, self.config.tls.as_ref().map(|tls| &tls.client))
             .map_err(|error| Failure::usage(chain(&error)))?;
         LazyExport::lazy(config, upstream).await.map_err(|error| match error {
@@ -458,7 +506,14 @@ impl Drop for NewDirectory {
 }
 
 fn remove_directory(directory: &Path) -> Outcome<()> {
-    match std::fs::remove_dir_all(directory) {
+    let mut removed = std::fs::remove_dir_all(directory);
+    for _ in 0..REMOVE_TRIES {
+        // The last line about it may be written at this moment.
+        if removed.as_ref().is_err_and(|error| error.kind() == std::io::ErrorKind::DirectoryNotEmpty) {
+            removed = std::fs::remove_dir_all(directory);
+        }
+    }
+    match removed {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(Failure::failed(format!("cannot remove {}: {error}", directory.display())))
         }
@@ -474,12 +529,38 @@ async fn remove_directory_aside(directory: &Path) -> Outcome<()> {
         .map_err(|error| Failure::failed(format!("cannot remove a directory: {error}")))?
 }
 
+/// The thread of an export.
+fn home_of(name: &DiskName) -> Outcome<Arc<Home>> {
+    Home::new(name.as_str()).map_err(|error| {
+        Failure::failed(format!(
+            "cannot start a thread for the export '{name}': {error}; raise the limit of threads (ulimit -u)"
+        ))
+    })
+}
+
+fn open_local(name: &DiskName, image: &Path) -> Outcome<LazyExport> {
+    let export = LazyExport::local(name.as_str(), image, false).map_err(|error| Failure::failed(chain(&error)))?;
+    Ok(export.with_home(home_of(name)?))
+}
+
 fn open_journal(directory: &Path, name: &DiskName) -> Outcome<(Journal, Option<Record>)> {
     Journal::open(&directory.join("journal"), name.as_str()).map_err(|error| Failure::failed(chain(&error)))
 }
 
 fn exists(name: &DiskName) -> Failure {
     Failure::refused(format!("an export '{name}' is there already; choose another name, or remove it first"))
+}
+
+/// What happened before, as far as it is remembered.
+async fn open_events(state_dir: &Path) -> Outcome<EventLog> {
+    let disks = state_dir.join("disks");
+    let open = move || {
+        // What cannot be listed is told where the disks are opened.
+        let directories: Vec<_> =
+            std::fs::read_dir(disks).into_iter().flatten().flatten().map(|it| it.path()).collect();
+        EventLog::open(directories.iter().map(PathBuf::as_path))
+    };
+    tokio::task::spawn_blocking(open).await.map_err(|error| Failure::failed(format!("cannot read events: {error}")))
 }
 
 fn lock(state_dir: &Path) -> Outcome<nix::fcntl::Flock<std::fs::File>> {

@@ -118,15 +118,15 @@ impl Node {
         }
     }
 
-    /// A destination's answer to `prepare`: an empty export, connected to its source. Whatever fails leaves nothing.
+    /// A destination's answer to `prepare`: an empty export, connected to its source, or what is left of the disk here
+    /// since it went there. Whatever fails leaves all as it was.
     async fn make_room(self: &Arc<Self>, from: Caller, ask: PrepareAsk) -> Outcome<()> {
         let peer_name = self.may_prepare(&from)?;
         let name: DiskName = ask.subject.disk.parse().map_err(Failure::refused)?;
         let timings = ask.timings.checked().map_err(Failure::refused)?;
-        if let Ok(disk) = self.disk(&name) {
-            let Role::Destination(destination) = disk.role() else {
-                return Err(Failure::refused(format!("an export '{name}' is there already; remove it first")));
-            };
+        if let Ok(disk) = self.disk(&name)
+            && let Role::Destination(destination) = disk.role()
+        {
             let record = destination.view().record;
             if record.migration == ask.subject.migration && record.phase == DestinationPhase::Ready {
                 return Ok(());
@@ -144,15 +144,25 @@ impl Node {
                 .map_err(|_| Failure::unreachable("the node is shutting down"))?;
             self.retire(&disk, record.owned).await?;
         }
-        let _changing = self.begin_new(&name)?;
         let source = match &ask.advertise {
             Some(address) => address.clone(),
             None => SocketAddr::new(from.address.ip(), ask.port).to_string(),
         };
-        let made = NewDirectory::make(&self.directory(&name))?;
-        let origin = Origin::Migration { from: source.clone() };
-        let spec = DiskSpec::new(name, ask.size, ask.block_size, origin);
-        let export = self.open_migration(&spec, &self.peer_at(&source, peer_name.as_deref())).await?;
+        let upstream = self.peer_at(&source, peer_name.as_deref());
+        let left = self.disk(&name).ok();
+        let _changing = if left.is_some() { self.begin(&name)? } else { self.begin_new(&name)? };
+        let disk = match left {
+            Some(left) => self.come_back(&left, &ask, &source, &upstream).await?,
+            None => {
+                let made = NewDirectory::make(&self.directory(&name))?;
+                let origin = Origin::Migration { from: source.clone(), store: None };
+                let spec = DiskSpec::new(name, ask.size, ask.block_size, origin);
+                let export = self.open_migration(&spec, &upstream, false).await?;
+                let disk = self.make(spec, export)?;
+                made.keep();
+                disk
+            }
+        };
         let record = DestinationRecord {
             migration: ask.subject.migration,
             epoch: ask.subject.epoch,
@@ -165,9 +175,7 @@ impl Node {
             timings,
             container: ask.container,
         };
-        let disk = self.make(spec, export)?;
         let readied = self.ready(&disk, record).await;
-        made.keep();
         if readied.is_err() {
             self.retire(&disk, false).await?;
         }

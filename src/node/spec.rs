@@ -40,7 +40,21 @@ pub enum Origin {
     Migration {
         /// The source's peer address.
         from: String,
+        /// Where the bytes go, if not into the disk's directory: where they were when this host gave the disk away.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        store: Option<PathBuf>,
     },
+}
+
+impl Origin {
+    /// Where its bytes are, if not in the disk's directory.
+    pub fn store(&self) -> Option<&Path> {
+        match self {
+            Origin::Local { image } => Some(image),
+            Origin::Pull { store, .. } => Some(store),
+            Origin::Migration { store, .. } => store.as_deref(),
+        }
+    }
 }
 
 /// A disk as it was made.

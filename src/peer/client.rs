@@ -10,9 +10,10 @@ use bytes::Bytes;
 use futures::{SinkExt, StreamExt};
 use tokio_util::codec::{Framed, LengthDelimitedCodec};
 
+use super::hello::{Hello, HelloAnswer};
 use super::link::{PeerAddress, PeerStream};
 use super::{PREAMBLE_MESSAGES, Reply, Request, Response, codec};
-use crate::error::Failure;
+use crate::error::{Failure, Outcome};
 use crate::limits::PEER_IDLE_CONNECTIONS;
 
 type Connection = Framed<PeerStream, LengthDelimitedCodec>;
@@ -55,27 +56,48 @@ impl PeerClient {
     /// Asks, and waits for the answer for at most `within`. A kept connection that turns out dead is replaced once:
     /// every question may be asked again.
     pub async fn call(&self, request: &Request, within: Duration) -> Result<Reply, CallError> {
-        let silent = |why: String| {
-            CallError::Silent(Failure::unreachable(format!(
-                "peer {} does not answer: {why}; check the link and the peer's node",
-                self.address.address()
-            )))
-        };
         let asked = async {
             if let Some(connection) = self.take_idle()
                 && let Ok(response) = self.ask(connection, request).await
             {
                 return Ok(response);
             }
-            let connection = self.address.dial(PREAMBLE_MESSAGES).await?;
-            self.ask(Framed::new(connection, codec()), request).await
+            let connection = self.connect().await?;
+            self.ask(connection, request).await.map_err(|error| self.silent(error))
         };
         match tokio::time::timeout(within, asked).await {
             Ok(Ok(Response::Ok(reply))) => Ok(reply),
             Ok(Ok(Response::Err(failure))) => Err(CallError::Refused(failure)),
-            Ok(Err(error)) => Err(silent(error.to_string())),
-            Err(_) => Err(silent(format!("no answer within {} ms", within.as_millis()))),
+            Ok(Err(failure)) => Err(CallError::Silent(failure)),
+            Err(_) => Err(CallError::Silent(self.silent(format!("no answer within {} ms", within.as_millis())))),
         }
+    }
+
+    /// A connection to a node that speaks this one's version. That the other one does not is no answer to the question.
+    async fn connect(&self) -> Outcome<Connection> {
+        let own = Hello::own();
+        let introduced = async {
+            let mut connection = Framed::new(self.address.dial(PREAMBLE_MESSAGES).await?, codec());
+            connection.send(Bytes::from(serde_json::to_vec(&own)?)).await?;
+            let frame = connection.next().await.ok_or(std::io::ErrorKind::UnexpectedEof)??;
+            Ok::<_, std::io::Error>((connection, serde_json::from_slice(&frame)?))
+        };
+        let (connection, answer) = introduced.await.map_err(|error| self.silent(error))?;
+        let agreed = match answer {
+            HelloAnswer::Ok(other) => own.agree(&other).map(drop),
+            HelloAnswer::Err(failure) => Err(failure),
+        };
+        match agreed {
+            Ok(()) => Ok(connection),
+            Err(failure) => Err(failure.context(format!("peer {} and {own}", self.address.address()))),
+        }
+    }
+
+    fn silent(&self, why: impl std::fmt::Display) -> Failure {
+        Failure::unreachable(format!(
+            "peer {} does not answer: {why}; check the link and the peer's node",
+            self.address.address()
+        ))
     }
 
     async fn ask(&self, mut connection: Connection, request: &Request) -> std::io::Result<Response> {

@@ -1,10 +1,11 @@
 //! The peer link: what two nodes say to each other, over the one port between hosts.
 //!
 //! Where the nodes have certificates, everything is inside TLS ([`link`]). A connection begins with eight bytes that say what it is: peer messages, the NBD data of a migration, or a
-//! checkpoint's images. Peer messages are questions and answers, JSON in length-prefixed frames; each side dials the
+//! checkpoint's images. Peer messages begin with what version of them each side speaks ([`hello`]); they are questions and answers, JSON in length-prefixed frames; each side dials the
 //! other for its own questions, and every question may be asked again, because the link may lose either half.
 
 pub mod client;
+pub mod hello;
 pub mod images;
 pub mod link;
 pub mod nbd;
@@ -27,7 +28,7 @@ pub const DEFAULT_PORT: u16 = 10810;
 
 /// How long a preamble is.
 pub const PREAMBLE_BYTES: usize = 8;
-/// Peer messages, version 1.
+/// Peer messages: a [`Hello`](hello::Hello) follows, and its answer, whatever the version.
 pub const PREAMBLE_MESSAGES: &[u8; PREAMBLE_BYTES] = b"LMPEER01";
 /// NBD data of a migration: the NBD handshake follows.
 pub const PREAMBLE_NBD: &[u8; PREAMBLE_BYTES] = b"LMNBD001";
@@ -62,6 +63,10 @@ pub struct PrepareAsk {
     pub port: u16,
     /// The container that moves along.
     pub container: Option<DestinationContainer>,
+    /// The migration that brought the disk to the source: since then it knows of every block whether it was written. The
+    /// host that the disk came from has the rest already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<MigrationId>,
 }
 
 /// How far the destination is; travels with every beat.

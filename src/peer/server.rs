@@ -16,11 +16,12 @@ use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
-use tokio_util::codec::Framed;
+use tokio_util::codec::{Framed, LengthDelimitedCodec};
 use tokio_util::either::Either;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::hello::{Hello, HelloAnswer};
 use super::link::{Caller, PeerStream};
 use super::{PREAMBLE_BYTES, PREAMBLE_IMAGES, PREAMBLE_MESSAGES, PREAMBLE_NBD, Reply, Request, Response, codec, tune};
 use crate::error::{Failure, Outcome, chain};
@@ -134,6 +135,9 @@ async fn connection(
 
 async fn messages(stream: PeerStream, from: Caller, service: Arc<dyn PeerService>) -> io::Result<()> {
     let mut frames = Framed::new(stream, codec());
+    if !introduced(&mut frames, &from).await? {
+        return Ok(());
+    }
     while let Ok(Some(frame)) = timeout(PEER_IDLE_TIME, frames.next()).await {
         let response = match serde_json::from_slice(&frame?) {
             Ok(request) => match service.answer(from.clone(), request).await {
@@ -147,4 +151,25 @@ async fn messages(stream: PeerStream, from: Caller, service: Arc<dyn PeerService
         frames.send(Bytes::from(serde_json::to_vec(&response)?)).await?;
     }
     Ok(())
+}
+
+/// Answers the caller's hello; whether there is a version that both speak.
+async fn introduced(frames: &mut Framed<PeerStream, LengthDelimitedCodec>, from: &Caller) -> io::Result<bool> {
+    let Ok(Some(frame)) = timeout(PEER_PREAMBLE_TIME, frames.next()).await else { return Ok(false) };
+    let own = Hello::own();
+    let agreed = match serde_json::from_slice::<Hello>(&frame?) {
+        Ok(other) => own.agree(&other).map(drop),
+        Err(_) => Err(Failure::refused(format!(
+            "a question came without a hello before it, so it is from a version before the hello; this is {own}: install a \
+             newer lazy-migrate on the host that asks"
+        ))),
+    };
+    if let Err(failure) = &agreed {
+        // The operator of the other host sees it as well, but it may be this one who can mend it.
+        tracing::warn!(from = %from.address, %failure, "a peer of another version is refused");
+    }
+    let understood = agreed.is_ok();
+    let answer = agreed.map_or_else(HelloAnswer::Err, |()| HelloAnswer::Ok(own));
+    frames.send(Bytes::from(serde_json::to_vec(&answer)?)).await?;
+    Ok(understood)
 }

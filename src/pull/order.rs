@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +57,19 @@ impl Step {
             Step::Fetch(range) | Step::Zero(range) => range,
         }
     }
+
+    /// A fetch up to the next multiple of `unit` blocks at most: where the pass meets what is in flight already, which a
+    /// region is, no splinter of a request is left over.
+    fn on_grid(self, unit: u64) -> Step {
+        match self {
+            Step::Fetch(range) => {
+                let unit = unit.max(1);
+                let line = (range.start.0 / unit).saturating_add(1).saturating_mul(unit);
+                Step::Fetch(BlockRange::new(range.start, BlockIndex(range.end.0.min(line))))
+            }
+            zero => zero,
+        }
+    }
 }
 
 /// See the module's documentation. It goes over the disk once; what failed meanwhile comes after [`PullOrder::rewind`].
@@ -65,20 +79,25 @@ pub struct PullOrder {
     size: u64,
     hints: VecDeque<BlockRange>,
     /// Ranges of blocks by falling heat.
-    hot: Vec<BlockRange>,
+    hot: Arc<[BlockRange]>,
     hot_at: usize,
     /// How far the current range of each source is done.
     hot_done: u64,
     next: u64,
     /// Zero extents as whole blocks, sorted, apart from each other.
     zero: Vec<BlockRange>,
+    /// The end of the last zero extent, which may go on with the next ones.
+    zero_open: Option<ByteRange>,
+    /// The zero extents before this block are known.
+    zero_known: u64,
 }
 
 impl PullOrder {
     /// An order over a disk of `size` bytes, of which nothing is known yet.
     pub fn new(policy: Order, block_size: BlockSize, size: u64) -> Self {
-        let (hints, hot, zero) = (VecDeque::new(), Vec::new(), Vec::new());
-        Self { policy, block_size, size, hints, hot, hot_at: 0, hot_done: 0, next: 0, zero }
+        let (hints, hot, zero) = (VecDeque::new(), Arc::default(), Vec::new());
+        let (zero_open, zero_known) = (None, u64::MAX);
+        Self { policy, block_size, size, hints, hot, hot_at: 0, hot_done: 0, next: 0, zero, zero_open, zero_known }
     }
 
     /// The source's heat: ranges of bytes with their scores; 0 is never written. Ignored by [`Order::Sequential`].
@@ -97,27 +116,55 @@ impl PullOrder {
         (self.hot_at, self.hot_done) = (0, 0);
     }
 
-    /// The source's zero extents in order. Of each only the whole blocks count.
+    /// What was written at the source, by falling heat, whether it is here already or not.
+    pub fn hot(&self) -> Arc<[BlockRange]> {
+        self.hot.clone()
+    }
+
+    /// The source's zero extents in order, all of them. Of each only the whole blocks count.
     pub fn set_zero(&mut self, extents: impl IntoIterator<Item = ByteRange>) {
+        self.expect_zero();
+        self.add_zero(extents, u64::MAX);
+    }
+
+    /// The zero extents are to come: what is not hinted at or hot waits for them.
+    pub fn expect_zero(&mut self) {
         self.zero.clear();
-        let mut open: Option<ByteRange> = None;
+        (self.zero_open, self.zero_known) = (None, 0);
+    }
+
+    /// The next zero extents, behind those that are known: now all of them below the byte `known` are. `false` when there
+    /// is no room for more.
+    pub fn add_zero(&mut self, extents: impl IntoIterator<Item = ByteRange>, known: u64) -> bool {
         for extent in extents {
-            match &mut open {
+            match &mut self.zero_open {
                 Some(last) if last.end == extent.start => last.end = extent.end,
                 _ => {
-                    self.keep_zero(open.replace(extent));
+                    self.keep_zero();
+                    self.zero_open = Some(extent);
                 }
             }
         }
-        self.keep_zero(open);
+        self.keep_zero();
+        self.zero_known = if known >= self.size { u64::MAX } else { known / self.block_size.bytes() };
+        self.zero.len() < MAX_ZERO_EXTENTS
     }
 
-    fn keep_zero(&mut self, extent: Option<ByteRange>) {
-        let Some(extent) = extent else { return };
+    /// The whole blocks of the last extent count; the rest of it may go on.
+    fn keep_zero(&mut self) {
+        let Some(extent) = self.zero_open else { return };
         let whole = self.block_size.inside(extent, self.size);
-        let follows = self.zero.last().is_none_or(|last| last.end <= whole.start);
-        if !whole.is_empty() && follows && self.zero.len() < MAX_ZERO_EXTENTS {
-            self.zero.push(whole);
+        if whole.is_empty() {
+            return;
+        }
+        let rest = (whole.end.0 * self.block_size.bytes()).min(extent.end);
+        self.zero_open = Some(ByteRange::new(rest, extent.end));
+        let room = self.zero.len() < MAX_ZERO_EXTENTS;
+        match self.zero.last_mut() {
+            Some(last) if last.end == whole.start => last.end = whole.end,
+            Some(last) if last.end > whole.start => {}
+            _ if room => self.zero.push(whole),
+            _ => {}
         }
     }
 
@@ -151,7 +198,7 @@ impl PullOrder {
     }
 
     /// The next step: missing blocks, contiguous, at most `max` of them where they must be fetched. `None` at the end
-    /// of the pass. A block may come twice (in a hint and in its place) until it is present.
+    /// of the pass, or of what is known of it. A block may come twice (in a hint and in its place) until it is present.
     pub fn next(&mut self, max: u64, map: &BlockMap) -> Option<Step> {
         while let Some(hint) = self.hints.pop_front() {
             if let Some(step) = self.first_step(hint, max, map) {
@@ -169,9 +216,10 @@ impl PullOrder {
             }
             (self.hot_at, self.hot_done) = (self.hot_at + 1, 0);
         }
-        let rest = BlockRange::new(BlockIndex(self.next.min(map.blocks())), BlockIndex(map.blocks()));
-        let step = self.first_step(rest, max, map);
-        self.next = step.map_or(map.blocks(), |step| step.range().end.0);
+        let end = map.blocks().min(self.zero_known);
+        let rest = BlockRange::new(BlockIndex(self.next.min(end)), BlockIndex(end));
+        let step = self.first_step(rest, max, map).map(|step| step.on_grid(max));
+        self.next = step.map_or(end, |step| step.range().end.0);
         step
     }
 

@@ -70,6 +70,27 @@ fn the_neighbourhood_of_a_fault_comes_next() {
 }
 
 #[test]
+fn nothing_is_fetched_beyond_what_is_known_of_the_zeroes_but_what_is_hot_or_hinted_at() {
+    let map = BlockMap::empty(6 * PER_REGION);
+    let mut order = PullOrder::new(Order::Dirty, BLOCK, 6 * REGION);
+    order.expect_zero();
+    assert_eq!(drain(&mut order, &map), []);
+    order.set_heat(&[(region(5), 1)]);
+    assert_eq!(drain(&mut order, &map), [Step::Fetch(blocks_of(5))]);
+    // Told in the middle of a block, which goes on as zeroes.
+    order.add_zero([ByteRange::new(REGION, REGION + 5000)], REGION + 5000);
+    let zero = Step::Zero(run(PER_REGION, PER_REGION + 1));
+    assert_eq!(drain(&mut order, &map), [Step::Fetch(blocks_of(0)), zero]);
+    order.add_zero([ByteRange::new(REGION + 5000, 3 * REGION)], 4 * REGION);
+    let rest = Step::Zero(run(PER_REGION + 1, 3 * PER_REGION));
+    assert_eq!(drain(&mut order, &map), [rest, Step::Fetch(blocks_of(3))]);
+    assert!(order.is_zero(run(PER_REGION, 3 * PER_REGION)), "one extent, told in two parts");
+    order.add_zero([], u64::MAX);
+    assert_eq!(drain(&mut order, &map), [Step::Fetch(blocks_of(4))]);
+    assert!(map.all_present());
+}
+
+#[test]
 fn only_whole_blocks_of_a_zero_extent_are_skipped() {
     let map = BlockMap::empty(8);
     let mut order = PullOrder::new(Order::Dirty, BLOCK, 7 * 4096 + 100);

@@ -37,6 +37,12 @@ impl Disk {
         self.store.read_at(offset, buffer)
     }
 
+    /// See [`Store::read_cached`].
+    #[inline]
+    pub fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        self.store.read_cached(offset, buffer)
+    }
+
     /// See [`Store::mark`].
     pub fn mark(&self) -> io::Result<Option<ImageMark>> {
         self.store.mark()

@@ -57,6 +57,12 @@ pub trait Store: Send + Sync + 'static {
     /// Fills the buffer from `offset`.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
+    /// The same, but only if it need not wait for a disk: `false` where it would have to, and then the buffer holds nothing
+    /// of use.
+    fn read_cached(&self, offset: u64, buffer: &mut [u8]) -> io::Result<bool> {
+        self.read_at(offset, buffer).map(|()| true)
+    }
+
     /// Has the pages of a range spliced into a pipe that is empty and large enough, without blocking on it. `false`: this
     /// store has none, and nothing is in the pipe.
     fn splice_at(&self, _offset: u64, _length: usize, _pipe: BorrowedFd<'_>) -> io::Result<bool> {

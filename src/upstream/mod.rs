@@ -37,6 +37,10 @@ pub trait Dialer: Send + Sync + 'static {
 pub trait Connect: Send + Sync + 'static {
     /// A new connection.
     fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>>;
+    /// The same for reads alone: without what costs a round trip and reads have no use for.
+    fn connect_to_read(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
+        self.connect()
+    }
     /// For people: where it leads.
     fn describe(&self) -> String;
 }
@@ -174,7 +178,20 @@ impl Upstream {
 
     /// One try for a connection, which must be to a disk of the expected size where that is known.
     pub async fn connect(&self, expected: Option<u64>) -> Result<Arc<dyn Connection>, UpstreamError> {
-        let connection = match tokio::time::timeout(CONNECT_TIMEOUT, self.connect.connect()).await {
+        self.expect(expected, self.connect.connect()).await
+    }
+
+    /// The same for one that only reads: [`Connection::has_context`] may say no.
+    pub async fn connect_to_read(&self, expected: Option<u64>) -> Result<Arc<dyn Connection>, UpstreamError> {
+        self.expect(expected, self.connect.connect_to_read()).await
+    }
+
+    async fn expect(
+        &self,
+        expected: Option<u64>,
+        connecting: BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>>,
+    ) -> Result<Arc<dyn Connection>, UpstreamError> {
+        let connection = match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
             Ok(result) => result?,
             Err(_) => {
                 let source = io::Error::new(io::ErrorKind::TimedOut, "no answer in time");

@@ -11,6 +11,7 @@ use nbd::client::{Client, ClientError, ConnectOptions, Sink};
 use nbd::export::Extent;
 use nbd::tls::{ClientTls, TlsClient};
 use nbd::uri::NbdUri;
+use nbd::wire::Framing;
 use tokio::net::{TcpStream, UnixStream};
 
 use super::{Connect, Connection, Dialer, ReadDone, ReadError, Stream, StreamDone, UpstreamError};
@@ -69,24 +70,32 @@ impl NbdConnect {
         let export = parsed.export.clone();
         Ok(NbdConnect { dialer: Arc::new(UriDialer { uri: parsed }), export, tls })
     }
+
+    async fn with(&self, contexts: &[&str]) -> Result<Arc<dyn Connection>, UpstreamError> {
+        let dialled = self.dialer.dial().await;
+        let stream = dialled.map_err(|source| UpstreamError::Dial { target: self.describe(), source })?;
+        let options = ConnectOptions {
+            // No request is so long that it needs extended headers, and to ask for them is another round trip.
+            framing: Framing::Structured,
+            contexts: contexts.iter().map(|name| (*name).to_owned()).collect(),
+            time: CONNECT_TIMEOUT,
+            tls: self.tls.clone(),
+            ..ConnectOptions::default()
+        };
+        match Client::handshake(stream, &self.export, &options).await {
+            Ok(client) => Ok(Arc::new(NbdConnection { client }) as Arc<dyn Connection>),
+            Err(error) => Err(UpstreamError::Handshake { target: self.describe(), reason: reason(&error) }),
+        }
+    }
 }
 
 impl Connect for NbdConnect {
     fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
-        Box::pin(async {
-            let dialled = self.dialer.dial().await;
-            let stream = dialled.map_err(|source| UpstreamError::Dial { target: self.describe(), source })?;
-            let options = ConnectOptions {
-                contexts: CONTEXTS.iter().map(|name| (*name).to_owned()).collect(),
-                time: CONNECT_TIMEOUT,
-                tls: self.tls.clone(),
-                ..ConnectOptions::default()
-            };
-            match Client::handshake(stream, &self.export, &options).await {
-                Ok(client) => Ok(Arc::new(NbdConnection { client }) as Arc<dyn Connection>),
-                Err(error) => Err(UpstreamError::Handshake { target: self.describe(), reason: reason(&error) }),
-            }
-        })
+        Box::pin(self.with(&CONTEXTS))
+    }
+
+    fn connect_to_read(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
+        Box::pin(self.with(&[]))
     }
 
     fn describe(&self) -> String {

@@ -3,7 +3,8 @@
 # unpacked into the lab directory (target/lab, or $LAZY_MIGRATE_LAB) and never installed. Does nothing, and quickly,
 # when all is there. Nothing comes from anywhere but the machine's own apt sources.
 #
-#   tests/lab/install.sh            everything
+#   tests/lab/install.sh            what the example needs, and most tests
+#   tests/lab/install.sh --tests    everything
 #   tests/lab/install.sh --no-guest only what runs on the machine itself (no QEMU, no kernel)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -11,23 +12,32 @@ export DEBIAN_FRONTEND=noninteractive
 
 packages=(
   nbdkit libnbd-bin python3-libnbd qemu-utils nbd-client nbd-server fio  # peers that speak NBD
-  runc criu busybox-static gcc libc6-dev                      # containers, and what runs inside them
+  runc criu podman busybox-static gcc libc6-dev               # containers, and what runs inside them
   nftables iproute2 util-linux e2fsprogs fuse3 kmod mount     # namespaces, cut links, filesystems
+  rsync                                                       # how containers were moved before
+  prometheus python3-jsonschema                               # checkers of what the program tells other programs
+  chromium                                                    # what the page looks like
   procps curl jq cpio python3 ca-certificates                 # the scripts themselves
+  dpkg-dev binutils systemd                                   # the Debian package, and its service
 )
 guest_packages=(qemu-system-x86)
+# Not for who wants to see the example: an sshd is a service that others can reach.
+test_packages=(openssh-server openssh-client iputils-arping)
 with_guest=1
 case ${1:-} in
   '') ;;
   --no-guest) with_guest=0 ;;
-  *) die "unknown option $1; usage: install.sh [--no-guest]" 2 ;;
+  --tests) packages+=("${test_packages[@]}") ;;
+  *) die "unknown option $1; usage: install.sh [--no-guest | --tests]" 2 ;;
 esac
 
 log=$lab/install.log
-installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null || true)" = installed ]; }
+# In one question for all of them: each takes its time in a guest.
 missing() {
-  local p
-  for p in "$@"; do installed "$p" || echo "$p"; done
+  local installed p
+  # shellcheck disable=SC2016 # dpkg's own variables
+  installed=" $(dpkg-query -W -f '${Package}/${db:Status-Status} ' "$@" 2>/dev/null || true)"
+  for p in "$@"; do [[ $installed == *" $p/installed "* ]] || echo "$p"; done
 }
 
 # apt with what other users of the machine may be doing in mind: wait for dpkg's lock, ask nothing.

@@ -2,6 +2,7 @@
 //! every kernel has.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -119,6 +120,7 @@ fn ext4_on_a_disk_that_is_still_filling() {
     let _attached = Attached { node: b, device: device.clone(), directory: pair.b_directory() };
     assert_eq!(b.cli(&["attach", "web", "--via", "fuse"]), device.to_str().unwrap(), "attached is attached");
     assert_eq!(b.status("web")["device"], device.to_str().unwrap());
+    assert!(b.fails(3, &["attach", "web", "--via", "kernel"]).contains("already, by FUSE"));
     assert!(b.fails(3, &["remove", "web"]).contains("detach"));
     let mount = Mount::new(&device, pair.dir.path().join("moved"), "rw");
     assert!(b.status("web")["missing_bytes"].as_u64().unwrap() > 0, "it is still filling");
@@ -162,4 +164,27 @@ fn ext4_on_a_disk_that_is_still_filling() {
     let mount = Mount::new(&copy, pair.dir.path().join("copied"), "loop,ro,noload");
     assert!(files(mount.path()) == expected);
     mount.end();
+}
+
+#[test]
+fn a_node_that_died_leaves_a_device_by_fuse_that_can_be_detached() {
+    assert!(nix::unistd::geteuid().is_root(), "this test attaches devices: run it as root");
+    let dir = tempfile::tempdir().unwrap();
+    let web = dir.path().join("web.img");
+    random_image(&web, MIB, 3);
+    let mut node = Node::start(dir.path().join("a"), &["--disk", &format!("web={}", web.display())]);
+    let device = PathBuf::from(node.cli(&["attach", "web", "--via", "fuse"]));
+    // Left in the kernel's cache, for nobody to take.
+    std::fs::OpenOptions::new().write(true).open(&device).unwrap().write_all_at(&[1; 4096], 0).unwrap();
+    node.kill();
+    node.start_again();
+    let attached = Attached { node: &node, device, directory: node.dir.join("state/disks/web") };
+    node.cli(&["detach", "web"]);
+    assert_eq!(node.status("web")["device"], serde_json::Value::Null);
+    let name = dir.path().to_str().unwrap();
+    wait_for("everything of the attachment is gone", || traces(name).is_empty());
+    // And again, as if nothing had been.
+    node.cli(&["attach", "web", "--via", "fuse"]);
+    node.cli(&["detach", "web"]);
+    drop(attached);
 }

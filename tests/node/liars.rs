@@ -179,6 +179,7 @@ impl Stage {
             advertise: None,
             port,
             container: None,
+            base: None,
         };
         let to_b = PeerClient::new(PeerAddress::plain(format!("127.0.0.1:{b_port}")));
         Stage { runtime, liar, ask, b, to_b, stop, _dir: dir }

@@ -10,6 +10,8 @@
 mod support;
 
 mod client;
+mod drain;
+mod events;
 mod filesystem;
 mod full_disk;
 mod handover;
@@ -20,5 +22,7 @@ mod pull;
 mod recovery;
 mod refusals;
 mod release;
+mod returning;
 mod rollback;
 mod tls;
+mod versions;

@@ -173,7 +173,7 @@ fn another_host_says_nothing_about_a_migration_and_reads_nothing_of_it() {
         let empty = tempfile::tempdir().unwrap();
         let dumped = tokio_util::sync::CancellationToken::new();
         dumped.cancel();
-        let refused = images::send(stream, empty.path(), dumped).await.unwrap_err();
+        let refused = images::Sending::begin(stream, empty.path()).unwrap().finish(dumped).await.unwrap_err();
         assert!(refused.message.contains("with whom this migration was begun"), "{refused}");
     });
     assert_eq!(before, (hosts.a.status("web")["phase"].clone(), hosts.b.status("web")["epoch"].clone()));

@@ -97,11 +97,10 @@ impl World {
         let (Some(media), Some(export), Some(model)) = (&self.b.media, &self.b.export, &mut self.b.model) else {
             return;
         };
-        // After a rollback nobody reads it any more, and the source behind it has gone on.
+        // After a rollback nobody reads it any more, and the source behind it has gone on. But a rollback may be half recorded,
+        // and forgotten when the source loses its power too.
         let epoch = self.b.recorded.as_ref().map(|it| it.epoch);
-        if self.a.recorded.as_ref().map(|it| it.epoch) != epoch {
-            return;
-        }
+        let given = self.a.recorded.as_ref().map(|it| it.epoch) == epoch;
         let origin = self.a.freeze.as_ref();
         let mut holds = Vec::with_capacity(self.shape.cells);
         for cell in 0..self.shape.cells {
@@ -111,7 +110,7 @@ impl World {
                 return;
             };
             let fits = if lost_power { model.may_survive(cell, value) } else { model.may_hold(cell, value) };
-            if !fits {
+            if given && !fits {
                 let (rule, text) =
                     (if lost_power { Rule::PowerLoss } else { Rule::ProcessDeath }, model.describe(cell));
                 return self.violate(rule, || format!("block {block} holds {value} (present: {present}); {text}"));

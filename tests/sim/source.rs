@@ -31,6 +31,7 @@ impl World {
             container: None,
             policy: self.policy,
             seal: None,
+            base: None,
         }));
     }
 

@@ -5,8 +5,9 @@
 
 pub mod network;
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -133,6 +134,26 @@ impl Node {
             .into()
     }
 
+    /// Starts a command against it that goes on for a while; what it prints can be read meanwhile.
+    pub fn spawn_cli(&self, arguments: &[&str]) -> Background {
+        let mut command = Command::new(program());
+        command.arg("--control").arg(self.control()).args(arguments);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        Background(child)
+    }
+
+    /// Asks its control socket, as `curl --unix-socket` would.
+    #[track_caller]
+    pub fn get(&self, path: &str) -> serde_json::Value {
+        let mut stream = UnixStream::connect(self.control()).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 "), "{path}: {answer}");
+        serde_json::from_str(body).unwrap()
+    }
+
     /// Runs a command that must succeed, and returns what it printed.
     #[track_caller]
     pub fn cli(&self, arguments: &[&str]) -> String {
@@ -234,6 +255,16 @@ impl Background {
     /// Its process number.
     pub fn pid(&self) -> u32 {
         self.0.id()
+    }
+
+    /// What it prints from now on, where that was asked for.
+    pub fn output(&mut self) -> impl Iterator<Item = String> + use<> {
+        BufReader::new(self.0.stdout.take().expect("its output is asked for")).lines().map_while(Result::ok)
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> i32 {
+        self.0.wait().unwrap().code().unwrap_or(-1)
     }
 }
 

@@ -3,7 +3,6 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Instant;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
@@ -11,27 +10,23 @@ use super::socket::ClientSocket;
 use crate::tls::MaybeTls;
 
 /// A client's stream.
-pub(super) trait ClientEnd: AsyncRead + AsyncWrite + Unpin + Send {
+pub(super) trait ClientEnd: AsyncRead + AsyncWrite + Unpin + Send + 'static {
     /// The socket, if what is written goes there as it is.
     fn socket(&mut self) -> Option<&mut ClientSocket> {
         None
     }
 
-    /// The next receive, if there is nothing to receive, looks again and again until then. On streams that are not
-    /// sockets it changes nothing.
-    fn wait_until(&mut self, _until: Option<Instant>) {}
-
-    /// To be called before a task sleeps for want of anything to receive. `true`: only from now on it is woken, and has
-    /// to look once more.
-    fn watch(&mut self) -> io::Result<bool> {
-        Ok(false)
+    /// Lets the runtime go that tells when there is something to receive, if it can: another one may have it then, which is
+    /// the one where it is polled next.
+    fn let_go(&mut self) -> bool {
+        false
     }
 }
 
 /// Any stream, of which no more is known.
 pub(super) struct Opaque<S>(pub(super) S);
 
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> ClientEnd for Opaque<S> {}
+impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> ClientEnd for Opaque<S> {}
 
 impl<S: AsyncRead + Unpin> AsyncRead for Opaque<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
@@ -70,12 +65,9 @@ impl ClientEnd for ClientSocket {
         Some(self)
     }
 
-    fn wait_until(&mut self, until: Option<Instant>) {
-        ClientSocket::wait_until(self, until);
-    }
-
-    fn watch(&mut self) -> io::Result<bool> {
-        ClientSocket::watch(self)
+    fn let_go(&mut self) -> bool {
+        ClientSocket::let_go(self);
+        true
     }
 }
 
@@ -87,19 +79,11 @@ impl<S: ClientEnd> ClientEnd for MaybeTls<S> {
         }
     }
 
-    fn wait_until(&mut self, until: Option<Instant>) {
+    fn let_go(&mut self) -> bool {
         match self {
-            MaybeTls::Plain(stream) => stream.wait_until(until),
-            MaybeTls::Client(stream) => stream.get_mut().0.get_mut().wait_until(until),
-            MaybeTls::Server(stream) => stream.get_mut().0.get_mut().wait_until(until),
-        }
-    }
-
-    fn watch(&mut self) -> io::Result<bool> {
-        match self {
-            MaybeTls::Plain(stream) => stream.watch(),
-            MaybeTls::Client(stream) => stream.get_mut().0.get_mut().watch(),
-            MaybeTls::Server(stream) => stream.get_mut().0.get_mut().watch(),
+            MaybeTls::Plain(stream) => stream.let_go(),
+            MaybeTls::Client(stream) => stream.get_mut().0.get_mut().let_go(),
+            MaybeTls::Server(stream) => stream.get_mut().0.get_mut().let_go(),
         }
     }
 }

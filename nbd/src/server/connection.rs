@@ -7,32 +7,32 @@
 //! Requests are taken while replies are waiting to be sent, so that a peer that writes without reading does not block
 //! itself, but only up to the bounds of [`crate::limits`]; then the connection stops receiving until there is room.
 
-use std::future::{Future, poll_fn};
+mod receive;
+
+use std::future::poll_fn;
 use std::io;
 use std::ops::Range;
-use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use tokio::io::AsyncWriteExt;
 use tokio::time::timeout;
-use tokio_util::io::poll_read_buf;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Share;
 use super::client_end::ClientEnd;
 use super::flight::{Done, InFlight, Status, Work, cost};
 use super::patience::Patience;
+use super::pieces::PiecedWrite;
 use super::splice::Pipe;
 use super::{Draining, Ended, ServeOptions, ServerError};
 use crate::export::{Answer, Export, ReadAnswer, Spliced, ZeroMode};
 use crate::limits::{
-    KEPT_BUFFER, MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, MAX_STATUS_EXTENTS, OUTPUT_HIGH_WATER, RECEIVE_SPACE,
-    SPLICE_READ_MIN, UNCOUNTED_BYTES,
+    MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, MAX_STATUS_EXTENTS, OUTPUT_HIGH_WATER, SPLICE_READ_MIN,
+    UNCOUNTED_BYTES,
 };
 use crate::output::Output;
 use crate::proto::server::{Entered, Incoming, Requests, Rules, check, reply};
@@ -64,26 +64,27 @@ pub(super) struct Connection<S> {
     /// Set when the client has left.
     left: Option<Ended>,
     status_buffer: Vec<u8>,
-    /// Whether to wait for the next request.
+    /// Whether to look for the next request.
     patience: Patience,
-    /// Polled again in any case.
-    yielding: bool,
     /// Requests taken since the last receive.
     taken: usize,
+    /// The last request was such a WRITE, and the next one may be.
+    long_before: bool,
     /// For large reads, as soon as there is one.
     pipe: Option<Pipe>,
+    /// A long WRITE that is being received.
+    pieced: Option<PiecedWrite>,
+    /// For such, as soon as there is one that can use it.
+    intake: Option<Pipe>,
+    /// What pieces of writes are cut at: the preferred block.
+    unit: u32,
     /// Tells the export when the client leaves.
     _guard: Box<dyn Send + Sync>,
 }
 
 impl<S: ClientEnd> Connection<S> {
-    pub(super) fn new(
-        stream: S,
-        input: BytesMut,
-        entered: Entered,
-        share: Share,
-        spin_time: Duration,
-    ) -> Connection<S> {
+    /// `own_thread`: that of its export, and no other one watches its stream.
+    pub(super) fn new(stream: S, input: BytesMut, entered: Entered, share: Share, own_thread: bool) -> Connection<S> {
         Connection {
             stream,
             input,
@@ -104,10 +105,13 @@ impl<S: ClientEnd> Connection<S> {
             phase: Phase::Serving,
             left: None,
             status_buffer: Vec::new(),
-            patience: Patience::new(spin_time),
-            yielding: false,
+            patience: Patience::new(own_thread),
             taken: 0,
             pipe: None,
+            pieced: None,
+            long_before: false,
+            intake: None,
+            unit: entered.info.preferred_block,
             _guard: entered.export.clone().client_entered(),
             export: entered.export,
         }
@@ -148,16 +152,6 @@ impl<S: ClientEnd> Connection<S> {
 
     /// Works until there is nothing to do (`Pending`), or until the connection's phase has changed or it is finished.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServerError>> {
-        loop {
-            let worked = self.work(cx);
-            if worked.is_ready() || std::mem::take(&mut self.yielding) || !self.stream.watch()? {
-                return worked;
-            }
-        }
-    }
-
-    /// The same; the task may not be woken by what the client sends.
-    fn work(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ServerError>> {
         let phase = self.phase;
         loop {
             let more = if self.phase == Phase::Finishing { false } else { self.take_requests(cx)? };
@@ -180,7 +174,11 @@ impl<S: ClientEnd> Connection<S> {
             if self.phase == Phase::Finishing {
                 return Poll::Pending;
             }
-            match self.poll_receive(cx)? {
+            let received = match self.pieced {
+                None => self.poll_receive(cx)?,
+                Some(_) => self.poll_piece(cx)?,
+            };
+            match received {
                 Poll::Ready(0) => {
                     self.left = Some(Ended::Closed);
                     self.phase = Phase::Finishing;
@@ -196,42 +194,6 @@ impl<S: ClientEnd> Connection<S> {
                 }
             }
         }
-    }
-
-    fn poll_receive(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        self.make_space();
-        if !self.patience.is_possible() {
-            return poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input);
-        }
-        let lone = self.phase == Phase::Serving && self.is_idle() && self.taken <= 1;
-        let mut wait = None;
-        if lone {
-            let now = Instant::now();
-            wait = self.patience.idle(now).filter(|_| !self.export.is_busy());
-            if wait.is_some() && self.patience.must_yield(now) {
-                yield_to_others(cx);
-                self.yielding = true;
-                return Poll::Pending;
-            }
-        } else {
-            self.patience.busy();
-        }
-        self.stream.wait_until(wait.as_ref().map(|(until, _)| *until));
-        let received = poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input);
-        match &received {
-            Poll::Ready(_) if lone => self.patience.came(Instant::now(), wait.is_some()),
-            Poll::Pending if wait.is_some() => self.patience.missed(Instant::now()),
-            _ => {}
-        }
-        if received.is_ready() {
-            self.taken = 0;
-        }
-        received
-    }
-
-    /// Nothing is to be done or sent.
-    fn is_idle(&self) -> bool {
-        self.in_flight.is_empty() && self.output.is_empty()
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -262,34 +224,31 @@ impl<S: ClientEnd> Connection<S> {
         if self.in_flight.is_empty() && bytes <= UNCOUNTED_BYTES { (0, 0) } else { (self.in_flight.len(), bytes) }
     }
 
-    /// Space to receive what is missing of the next request, or many small ones.
-    fn make_space(&mut self) {
-        if self.input.is_empty() && self.input.capacity() > KEPT_BUFFER {
-            self.input = BytesMut::new();
-        }
-        let missing = self.requests.wanted(&self.input).saturating_sub(self.input.len());
-        let free = self.input.capacity() - self.input.len();
-        if free < missing.max(RECEIVE_SPACE / 4) {
-            self.input.reserve(missing.max(RECEIVE_SPACE));
-        }
-    }
-
     /// Answers or begins all requests that have arrived. `true` when it stopped for want of room.
     fn take_requests(&mut self, cx: &Context<'_>) -> Result<bool, ServerError> {
         loop {
+            if self.pieced.is_some() && !self.give_pieces() {
+                return Ok(false);
+            }
             if self.input.is_empty() {
                 return Ok(false);
             }
             if !self.has_room(cx) {
                 return Ok(true);
             }
-            let Some(incoming) = self.requests.next(&mut self.input)? else { return Ok(false) };
+            let Some(incoming) = self.requests.next(&mut self.input)? else {
+                if self.begin_pieces() {
+                    continue;
+                }
+                return Ok(false);
+            };
             if incoming.request.command == Command::DISC {
                 self.left = Some(Ended::Disconnected);
                 self.phase = Phase::Finishing;
                 return Ok(false);
             }
             self.taken += 1;
+            self.long_before = false;
             self.take(incoming);
         }
     }
@@ -329,6 +288,10 @@ impl<S: ClientEnd> Connection<S> {
             // check() lets no other command through.
             _ => Answer::Now(Err(Errno::EINVAL)),
         };
+        self.answered(request, answer);
+    }
+
+    fn answered(&mut self, request: Request, answer: Answer<()>) {
         match answer {
             Answer::Now(result) => self.answer(&request, result),
             Answer::Later(work) => self.begin(request, Work::Plain(work)),
@@ -494,12 +457,6 @@ impl<S: ClientEnd> Connection<S> {
     fn answer(&mut self, request: &Request, result: Result<(), Errno>) {
         self.output.extend(&reply::finished(self.rules.framing, request, result));
     }
-}
-
-/// Lets other tasks run, and the runtime see what has happened to their streams, before this one is polled again.
-fn yield_to_others(cx: &mut Context<'_>) {
-    // It is `Pending` the first time.
-    let _ = pin!(tokio::task::yield_now()).poll(cx);
 }
 
 /// Takes the payload of a BLOCK_STATUS, if it has one: the request gets the length of its range, and the ids of the

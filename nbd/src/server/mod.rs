@@ -11,17 +11,20 @@ mod flight;
 pub mod listener;
 mod negotiate;
 mod patience;
+mod pieces;
 mod socket;
 pub(crate) mod splice;
 pub mod unix_path;
 
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use self::budget::Share;
 use self::client_end::{ClientEnd, Opaque};
@@ -29,7 +32,7 @@ use self::connection::Connection;
 use self::negotiate::{Client, negotiate};
 use self::socket::ClientSocket;
 use crate::export::Exports;
-use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES, SPIN_TIME};
+use crate::limits::{DRAIN_TIME, HANDSHAKE_DRAIN_TIME, HANDSHAKE_TIME, MAX_CONNECTIONS, MAX_HANDSHAKES};
 use crate::proto::server::{HandshakeError, TlsMode};
 use crate::tls::{TlsError, TlsServer};
 use crate::wire::WireError;
@@ -62,10 +65,6 @@ pub struct ServeOptions {
     pub max_connections: usize,
     /// Connections of one listener in the handshake at a time.
     pub max_handshakes: usize,
-    /// How long a connection looks for the next request of a client that asks one thing after the other, before its task
-    /// sleeps: such a client is answered sooner, for the price of a processor while it is active. Zero: not at all; longer than
-    /// [`SPIN_STRETCH`](crate::limits::SPIN_STRETCH) it never is.
-    pub spin_time: Duration,
     /// What all connections with a clone of these options may have in flight together.
     pub budget: Arc<Budget>,
     /// Whether clients may or must encrypt.
@@ -110,7 +109,6 @@ impl Default for ServeOptions {
             draining: Draining::default(),
             max_connections: MAX_CONNECTIONS,
             max_handshakes: MAX_HANDSHAKES,
-            spin_time: SPIN_TIME,
             budget: Arc::default(),
             tls: TlsPolicy::default(),
         }
@@ -162,13 +160,13 @@ pub async fn serve_connection<S>(
     shutdown: CancellationToken,
 ) -> Result<Ended, ServerError>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send,
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     serve_admitted(Opaque(stream), exports, options, shutdown, async {}).await
 }
 
-/// As [`serve_connection`], over a socket as it is: large reads go from the page cache to it without a copy, and a client
-/// that asks one thing after the other is answered without the task's falling asleep in between.
+/// As [`serve_connection`], over a socket as it is: large reads go from the page cache to it without a copy, and it is
+/// taken to the export's own runtime, if that has one ([`Export::home`](crate::export::Export::home)).
 ///
 /// # Errors
 /// As [`serve_connection`]; and a socket that cannot be watched.
@@ -215,7 +213,23 @@ where
     let name = entered.name.clone();
     tracing::debug!(export = name, framing = ?entered.framing, "a client has entered transmission");
     let share = Share::of(options.budget.clone());
-    let ended = Connection::new(stream, input, entered, share, options.spin_time).run(options, shutdown).await;
+    let home = entered.export.home().filter(|_| stream.let_go());
+    let connection = Connection::new(stream, input, entered, share, home.is_some());
+    let ended = match home {
+        Some(home) => {
+            let options = options.clone();
+            let served = home.spawn(async move { connection.run(&options, shutdown).await });
+            match AbortOnDropHandle::new(served).await {
+                Ok(ended) => ended,
+                Err(error) => match error.try_into_panic() {
+                    Ok(panic) => resume_unwind(panic),
+                    // The export has ended.
+                    Err(_) => Ok(Ended::ShutDown),
+                },
+            }
+        }
+        None => connection.run(options, shutdown).await,
+    };
     tracing::debug!(export = name, ?ended, "a client has left");
     ended
 }

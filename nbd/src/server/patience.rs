@@ -1,19 +1,17 @@
 //! Looking for the next request for a moment before the task sleeps.
 //!
 //! With one request at a time, most of a request's time is that the server's thread falls asleep and is woken again. So
-//! where a client has been asking one thing after the other, its connection looks again and again for some
-//! microseconds, and lets other threads run in between. It costs the processor for as long as such a client is
-//! active, and nothing when it is not: what was waited for in vain is not waited for again for some time, which
-//! doubles each time. One connection of the process waits like that at a time, on machines with more than one
-//! processor, and not for longer in one go than others on the same thread can do without it.
-//!
-//! [`Patience`] decides when; [`super::socket`] does it, below TLS.
+//! where a client has been asking one thing after the other, its connection has itself polled again and again for some
+//! microseconds, and lets other tasks and other threads run in between. It costs the processor for as long as such a client
+//! is active, and nothing when it is not: what was looked for in vain is not looked for again for some time, which
+//! doubles each time. One connection of the process does so at a time, on machines with more than one processor, and
+//! only where the export has a thread of its own: another thread that watches the same sockets would be woken by each.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::limits::{SPIN_FIRST_PAUSE, SPIN_LONGEST_PAUSE, SPIN_STRETCH};
+use crate::limits::{SPIN_FIRST_PAUSE, SPIN_LONGEST_PAUSE, SPIN_TIME};
 
 /// A client that asks again within this time may be one to wait for: the time that it takes to wake this thread is in it.
 const SOON: Duration = Duration::from_micros(250);
@@ -43,74 +41,80 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// Whether and how long one connection waits.
+/// Whether and how long one connection looks.
 pub(super) struct Patience {
-    /// How long at a time; zero: never.
-    longest: Duration,
+    possible: bool,
     /// Requests in a row that came alone and soon.
     steady: u32,
-    /// Requests in a row that came while it waited.
+    /// Requests in a row that came while it looked for them.
     met: u32,
     /// Since when there is nothing to do.
     idle_since: Option<Instant>,
-    /// When others on this thread last had their chance.
-    stretch_since: Option<Instant>,
+    /// Until when it looks.
+    looking: Option<(Instant, Turn<'static>)>,
     pause: Duration,
     not_before: Option<Instant>,
 }
 
 impl Patience {
-    /// For a connection whose waits take up to `longest`, and up to [`SPIN_STRETCH`] in any case; where there is one processor, it never waits.
-    pub(super) fn new(longest: Duration) -> Patience {
+    /// For a connection with a thread of its own, or without; where there is one processor, it never looks.
+    pub(super) fn new(own_thread: bool) -> Patience {
         static PROCESSORS: OnceLock<usize> = OnceLock::new();
         let processors = *PROCESSORS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from));
-        Patience::on(processors, longest)
+        Patience::on(processors, own_thread)
     }
 
-    fn on(processors: usize, longest: Duration) -> Patience {
+    fn on(processors: usize, own_thread: bool) -> Patience {
         Patience {
-            longest: if processors > 1 { longest.min(SPIN_STRETCH) } else { Duration::ZERO },
+            possible: own_thread && processors > 1,
             steady: 0,
             met: 0,
             idle_since: None,
-            stretch_since: None,
+            looking: None,
             pause: SPIN_FIRST_PAUSE,
             not_before: None,
         }
     }
 
-    /// Whether it may ever wait.
+    /// Whether it may ever look.
     pub(super) fn is_possible(&self) -> bool {
-        self.longest > Duration::ZERO
+        self.possible
     }
 
-    /// There is nothing to do. Until when to wait, and the right to it.
-    pub(super) fn idle(&mut self, now: Instant) -> Option<(Instant, Turn<'static>)> {
-        self.idle_with(now, &WAITING)
+    /// There is nothing to do. Whether to look once more.
+    pub(super) fn looks(&mut self, now: Instant) -> bool {
+        self.looks_with(now, &WAITING)
     }
 
-    fn idle_with<'a>(&mut self, now: Instant, turn: &'a AtomicBool) -> Option<(Instant, Turn<'a>)> {
+    fn looks_with(&mut self, now: Instant, turn: &'static AtomicBool) -> bool {
         self.idle_since.get_or_insert(now);
-        if self.steady < STEADY || self.not_before.is_some_and(|time| now < time) {
-            return None;
+        match &self.looking {
+            Some((until, _)) if now < *until => true,
+            Some(_) => {
+                self.missed(now);
+                false
+            }
+            None if self.steady < STEADY || self.not_before.is_some_and(|time| now < time) => false,
+            None => {
+                self.looking = Turn::take(turn).map(|turn| (now + SPIN_TIME, turn));
+                self.looking.is_some()
+            }
         }
-        let turn = Turn::take(turn)?;
-        Some((now + self.longest, turn))
     }
 
-    /// One request has come after [`Patience::idle`]; `waited`: it was waited for.
-    pub(super) fn came(&mut self, now: Instant, waited: bool) {
+    /// One request has come after [`Patience::looks`].
+    pub(super) fn came(&mut self, now: Instant) {
         let soon = self.idle_since.take().is_some_and(|since| now.saturating_duration_since(since) <= SOON);
         self.steady = if soon { self.steady.saturating_add(1) } else { 0 };
-        self.met = if waited { self.met.saturating_add(1) } else { 0 };
+        self.met = if self.looking.take().is_some() { self.met.saturating_add(1) } else { 0 };
         if self.met >= MENDED {
             self.pause = SPIN_FIRST_PAUSE;
         }
     }
 
     /// Nothing has come.
-    pub(super) fn missed(&mut self, now: Instant) {
-        self.stretch_since = None;
+    fn missed(&mut self, now: Instant) {
+        self.looking = None;
         if std::mem::take(&mut self.met) >= FORGIVEN {
             return;
         }
@@ -119,19 +123,9 @@ impl Patience {
         self.pause = (self.pause * 2).min(SPIN_LONGEST_PAUSE);
     }
 
-    /// The client does not ask one thing after the other.
+    /// The client does not ask one thing after the other, or there is other work.
     pub(super) fn busy(&mut self) {
-        (self.steady, self.met, self.idle_since, self.stretch_since) = (0, 0, None, None);
-    }
-
-    /// Whether others on this thread must have their chance now. Once `true`, it is taken that they have it.
-    pub(super) fn must_yield(&mut self, now: Instant) -> bool {
-        let since = *self.stretch_since.get_or_insert(now);
-        let must = now.saturating_duration_since(since) >= SPIN_STRETCH;
-        if must {
-            self.stretch_since = None;
-        }
-        must
+        (self.steady, self.met, self.idle_since, self.looking) = (0, 0, None, None);
     }
 }
 
@@ -141,91 +135,82 @@ mod tests {
 
     const GAP: Duration = Duration::from_micros(20);
 
-    /// A client that asks one thing after the other, from `now` on; when it was last answered.
-    fn asks(patience: &mut Patience, turn: &AtomicBool, mut now: Instant, times: u32) -> (Instant, u32) {
-        let mut waited = 0;
+    /// A turn of the test's own.
+    fn turn() -> &'static AtomicBool {
+        Box::leak(Box::default())
+    }
+
+    fn patient() -> Patience {
+        Patience::on(2, true)
+    }
+
+    /// A client that asks one thing after the other, from `now` on; when it was last answered, and how often it was
+    /// looked for.
+    fn asks(patience: &mut Patience, turn: &'static AtomicBool, mut now: Instant, times: u32) -> (Instant, u32) {
+        let mut looked = 0;
         for _ in 0..times {
-            let wait = patience.idle_with(now, turn);
-            waited += u32::from(wait.is_some());
+            looked += u32::from(patience.looks_with(now, turn));
             now += GAP;
-            patience.came(now, wait.is_some());
+            patience.came(now);
         }
-        (now, waited)
+        (now, looked)
     }
 
     #[test]
-    fn a_steady_client_is_waited_for_and_a_slow_one_is_not() {
-        let (turn, now) = (AtomicBool::new(false), Instant::now());
-        let mut patience = Patience::on(2, Duration::from_micros(50));
-        let (now, waited) = asks(&mut patience, &turn, now, 100);
-        assert_eq!(waited, 100 - STEADY);
-        let (until, _turn) = patience.idle_with(now, &turn).unwrap();
-        assert_eq!(until, now + Duration::from_micros(50));
-        drop(_turn);
-        patience.came(now + SOON + GAP, false);
-        assert!(patience.idle_with(now, &turn).is_none(), "the client was slow");
-        patience.came(now, false);
-        assert_eq!(asks(&mut patience, &turn, now, STEADY).1, 1, "one was steady already");
+    fn a_steady_client_is_looked_for_and_a_slow_one_is_not() {
+        let (turn, mut patience) = (turn(), patient());
+        let (now, looked) = asks(&mut patience, turn, Instant::now(), 100);
+        assert_eq!(looked, 100 - STEADY);
+        assert!(patience.looks_with(now, turn) && patience.looks_with(now + SPIN_TIME - GAP, turn));
+        patience.came(now + SOON + GAP);
+        assert!(!patience.looks_with(now, turn), "the client was slow");
+        patience.came(now);
+        assert_eq!(asks(&mut patience, turn, now, STEADY).1, 1, "one was steady already");
         patience.busy();
-        assert_eq!(asks(&mut patience, &turn, now, STEADY).1, 0, "the client asked several things at once");
+        assert_eq!(asks(&mut patience, turn, now, STEADY).1, 0, "the client asked several things at once");
     }
 
     #[test]
-    fn nobody_waits_on_one_processor_or_where_it_is_switched_off() {
-        for (processors, longest) in [(1, Duration::from_micros(50)), (2, Duration::ZERO)] {
-            assert!(!Patience::on(processors, longest).is_possible());
+    fn nobody_looks_on_one_processor_or_without_a_thread_of_its_own() {
+        for (processors, own_thread) in [(1, true), (2, false)] {
+            assert!(!Patience::on(processors, own_thread).is_possible());
         }
-        assert!(Patience::on(2, Duration::from_micros(1)).is_possible());
+        assert!(Patience::on(2, true).is_possible());
     }
 
     #[test]
-    fn one_waits_at_a_time() {
-        let (turn, now) = (AtomicBool::new(false), Instant::now());
-        let mut one = Patience::on(2, Duration::from_micros(50));
-        let mut two = Patience::on(2, Duration::from_micros(50));
-        let (now, _) = asks(&mut one, &turn, now, STEADY);
-        let waiting = one.idle_with(now, &turn);
-        assert!(waiting.is_some());
-        assert_eq!(asks(&mut two, &turn, now, 50).1, 0);
-        drop(waiting);
-        assert_eq!(asks(&mut two, &turn, now, 50).1, 50);
+    fn one_looks_at_a_time() {
+        let (turn, mut one, mut two) = (turn(), patient(), patient());
+        let (now, _) = asks(&mut one, turn, Instant::now(), STEADY);
+        assert!(one.looks_with(now, turn));
+        assert_eq!(asks(&mut two, turn, now, 50).1, 0);
+        one.busy();
+        assert_eq!(asks(&mut two, turn, now, 50).1, 50);
+        assert!(two.looks_with(now, turn) && !two.looks_with(now + SPIN_TIME, turn), "in vain");
+        assert!(!turn.load(Ordering::Relaxed), "others may");
     }
 
     #[test]
-    fn waiting_in_vain_becomes_rare() {
-        let turn = AtomicBool::new(false);
-        let begin = Instant::now();
+    fn looking_in_vain_becomes_rare() {
+        let (turn, mut patience, begin) = (turn(), patient(), Instant::now());
         let (mut now, mut in_vain) = (begin, 0);
-        let mut patience = Patience::on(2, Duration::from_micros(50));
         // Always soon, and never soon enough.
         while now < begin + Duration::from_secs(60) {
-            let wait = patience.idle_with(now, &turn);
-            if wait.is_some() {
+            if patience.looks_with(now, turn) {
                 in_vain += 1;
-                patience.missed(now + Duration::from_micros(50));
+                assert!(!patience.looks_with(now + SPIN_TIME, turn));
             }
-            now += Duration::from_micros(100);
-            patience.came(now, false);
+            now += SPIN_TIME * 2;
+            patience.came(now);
         }
         assert!((50..=75).contains(&in_vain), "{in_vain} times in a minute");
         // A client that has become steady again is forgiven.
-        let (now, waited) = asks(&mut patience, &turn, now + SPIN_LONGEST_PAUSE, MENDED + STEADY);
-        assert!(waited >= MENDED);
-        patience.missed(now);
-        assert!(patience.idle_with(now, &turn).is_some(), "an accident");
-        patience.missed(now);
-        assert!(patience.idle_with(now, &turn).is_none());
-        assert_eq!(patience.not_before, Some(now + SPIN_FIRST_PAUSE));
-    }
-
-    #[test]
-    fn others_have_their_turn() {
-        let now = Instant::now();
-        let mut patience = Patience::on(2, Duration::from_micros(50));
-        assert!(!patience.must_yield(now));
-        assert!(!patience.must_yield(now + SPIN_STRETCH / 2));
-        assert!(patience.must_yield(now + SPIN_STRETCH));
-        assert!(!patience.must_yield(now + SPIN_STRETCH));
-        assert!(patience.must_yield(now + SPIN_STRETCH * 2));
+        let (now, looked) = asks(&mut patience, turn, now + SPIN_LONGEST_PAUSE, MENDED + STEADY);
+        assert!(looked >= MENDED);
+        assert!(patience.looks_with(now, turn) && !patience.looks_with(now + SPIN_TIME, turn));
+        assert!(patience.looks_with(now + SPIN_TIME, turn), "it was an accident");
+        let later = now + SPIN_TIME * 2;
+        assert!(!patience.looks_with(later, turn) && !patience.looks_with(later, turn));
+        assert_eq!(patience.not_before, Some(later + SPIN_FIRST_PAUSE));
     }
 }

@@ -1,37 +1,26 @@
-//! A client's socket, which can do without the runtime's watching it for a while.
+//! A client's socket, which may be taken from one runtime to another.
 //!
-//! While a client's next request is looked for again and again (see [`super::patience`]), nobody needs to be told that it
-//! has come. But the runtime would be: the request would wake the thread that watches sockets, which costs about as much
-//! as looking has saved. So a socket on which that goes well is taken out of the runtime's hands, and given back when the
-//! task is to sleep.
+//! The one where it was accepted watches it through the handshake; then it goes to that of its export, if that has one of
+//! its own.
 
 use std::io::{self, IoSlice};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
 
 use nix::sys::socket::MsgFlags;
 use socket2::Socket;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-/// After so many receives in a row that had to look more than once and found something, the socket is not watched.
-const UNWATCHED_AFTER: u32 = 4;
-
 /// The socket of a client.
-pub(super) struct ClientSocket {
-    state: State,
-    /// Until when the next receive looks again if there is nothing.
-    until: Option<Instant>,
-    /// Receives in a row that found something so.
-    found: u32,
-}
+pub(super) struct ClientSocket(State);
 
 enum State {
     Watched(AsyncFd<Socket>),
-    Unwatched(Socket),
+    /// Between two runtimes.
+    Free(Socket),
     /// It could not be watched again.
     Lost,
 }
@@ -49,45 +38,33 @@ fn lost() -> io::Error {
 impl ClientSocket {
     /// From a socket that does not block.
     pub(super) fn new(socket: impl Into<Socket>) -> io::Result<ClientSocket> {
-        Ok(ClientSocket { state: watch(socket.into())?, until: None, found: 0 })
+        Ok(ClientSocket(watch(socket.into())?))
     }
 
-    /// The next receive, if there is nothing to receive, looks again and again until then.
-    pub(super) fn wait_until(&mut self, until: Option<Instant>) {
-        self.until = until;
-    }
-
-    /// Has the runtime watch it, so that a task whose receive is `Pending` after this is woken. `true` if it was not
-    /// watched before.
-    pub(super) fn watch(&mut self) -> io::Result<bool> {
-        let unwatched = matches!(self.state, State::Unwatched(_));
-        self.watched().map(|_| unwatched)
+    /// Takes it out of the runtime's hands. That of the task that uses it next has it then.
+    pub(super) fn let_go(&mut self) {
+        self.0 = match std::mem::replace(&mut self.0, State::Lost) {
+            State::Watched(socket) => State::Free(socket.into_inner()),
+            other => other,
+        };
     }
 
     fn watched(&mut self) -> io::Result<&mut AsyncFd<Socket>> {
-        if let State::Unwatched(_) = self.state
-            && let State::Unwatched(socket) = std::mem::replace(&mut self.state, State::Lost)
+        if let State::Free(_) = self.0
+            && let State::Free(socket) = std::mem::replace(&mut self.0, State::Lost)
         {
-            self.state = watch(socket)?;
+            self.0 = watch(socket)?;
         }
-        match &mut self.state {
+        match &mut self.0 {
             State::Watched(socket) => Ok(socket),
-            State::Unwatched(_) | State::Lost => Err(lost()),
-        }
-    }
-
-    fn unwatch(&mut self) {
-        if let State::Watched(_) = self.state
-            && let State::Watched(socket) = std::mem::replace(&mut self.state, State::Lost)
-        {
-            self.state = State::Unwatched(socket.into_inner());
+            State::Free(_) | State::Lost => Err(lost()),
         }
     }
 
     fn socket(&self) -> io::Result<&Socket> {
-        match &self.state {
+        match &self.0 {
             State::Watched(socket) => Ok(socket.get_ref()),
-            State::Unwatched(socket) => Ok(socket),
+            State::Free(socket) => Ok(socket),
             State::Lost => Err(lost()),
         }
     }
@@ -99,12 +76,6 @@ impl ClientSocket {
         length: usize,
         mut send: impl FnMut(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> Poll<io::Result<usize>> {
-        if let State::Unwatched(socket) = &self.state {
-            match send(socket.as_fd()) {
-                Err(error) if has_to_wait(&error) => {}
-                sent => return Poll::Ready(sent),
-            }
-        }
         let socket = self.watched()?;
         loop {
             let mut ready = ready!(socket.poll_write_ready(cx))?;
@@ -122,43 +93,29 @@ impl ClientSocket {
         }
     }
 
-    /// Receives what is there when the runtime knows of something.
-    fn poll_watched(&mut self, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    /// Receives with `receive`, which says whether it has left nothing.
+    pub(super) fn poll_receive_with(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut receive: impl FnMut(&Socket) -> io::Result<bool>,
+    ) -> Poll<io::Result<()>> {
         let socket = self.watched()?;
         loop {
             let mut ready = ready!(socket.poll_read_ready(cx))?;
-            match receive(ready.get_inner(), buffer) {
+            match receive(ready.get_inner()) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
-                received => {
-                    // It was all that was there; at the end of the stream the runtime keeps it ready all the same.
-                    if buffer.remaining() > 0 {
+                Err(error) => return Poll::Ready(Err(error)),
+                Ok(all) => {
+                    // At the end of the stream the runtime keeps it ready all the same.
+                    if all {
                         ready.clear_ready();
                     }
-                    return Poll::Ready(received);
+                    return Poll::Ready(Ok(()));
                 }
             }
         }
     }
-
-    /// Looks again and again until then, and lets other threads run in between, which may take it longer.
-    fn look_until(&self, until: Instant, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let socket = self.socket()?;
-        loop {
-            match receive(socket, buffer) {
-                Err(error) if has_to_wait(&error) => {}
-                received => return Poll::Ready(received),
-            }
-            if Instant::now() >= until {
-                return Poll::Pending;
-            }
-            std::thread::yield_now();
-        }
-    }
-}
-
-fn has_to_wait(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 /// Receives what is there; nothing is the end of the stream.
@@ -174,24 +131,12 @@ fn receive(socket: &Socket, buffer: &mut ReadBuf<'_>) -> io::Result<()> {
 }
 
 impl AsyncRead for ClientSocket {
-    /// Where the socket is not watched, `Pending` does not mean that the task is woken: see [`ClientSocket::watch`].
+    /// See [`ClientSocket::poll_receive_with`].
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let until = self.until.take();
-        let watched = matches!(self.state, State::Watched(_));
-        if watched && let Poll::Ready(received) = self.poll_watched(cx, buffer) {
-            return Poll::Ready(received);
-        }
-        let until = match until {
-            Some(until) => until,
-            None if watched => return Poll::Pending,
-            None => Instant::now(),
-        };
-        let received = self.look_until(until, buffer);
-        self.found = if received.is_ready() { self.found.saturating_add(1) } else { 0 };
-        if self.found >= UNWATCHED_AFTER {
-            self.unwatch();
-        }
-        received
+        self.poll_receive_with(cx, |socket| {
+            receive(socket, buffer)?;
+            Ok(buffer.remaining() > 0)
+        })
     }
 }
 

@@ -6,9 +6,12 @@
 //! has been received.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll, ready};
 
+use bytes::BytesMut;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
 
@@ -66,6 +69,46 @@ impl Pipe {
                 moved => return Poll::Ready(moved),
             }
         }
+    }
+
+    /// Moves up to `length` bytes that a client has sent into it, which holds `held` bytes. `Some(0)`: the end of the
+    /// stream; `None`: something has come, and there is no room, for what is held fills it in many small parts.
+    pub(super) fn poll_fill(
+        &self,
+        socket: &mut ClientSocket,
+        cx: &mut Context<'_>,
+        held: usize,
+        length: usize,
+    ) -> Poll<io::Result<Option<usize>>> {
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        let length = length.min(self.capacity);
+        let mut moved = None;
+        let received = socket.poll_receive_with(cx, |socket| {
+            match splice(socket, None, &self.write, None, length, flags) {
+                Ok(count) => moved = Some(count),
+                // Either of the two was not ready.
+                Err(Errno::EAGAIN) if held > 0 => drop(socket.peek(&mut [MaybeUninit::uninit()])?),
+                Err(errno) => return Err(errno.into()),
+            }
+            // Room for no more looks as if no more had come.
+            Ok(false)
+        });
+        received.map_ok(|()| moved)
+    }
+
+    /// Takes `length` bytes out of it, which are in it.
+    pub(super) fn take(&self, length: usize) -> io::Result<BytesMut> {
+        let mut bytes = BytesMut::zeroed(length);
+        let mut at = 0;
+        while at < length {
+            match nix::unistd::read(&self.read, &mut bytes[at..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => at += count,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(bytes)
     }
 
     /// Moves up to `length` bytes that are in it to the socket.

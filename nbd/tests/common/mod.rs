@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod acting;
+pub mod plain;
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;

@@ -9,17 +9,18 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::container::{Found, SourceHold};
 use super::source::{SourceHandle, SourceView};
-use crate::container::images::Followed;
-use crate::container::{CheckpointOptions, quiesce};
-use crate::control::api::{MigrateAsk, MigrateEvent, MigrateReport};
+use crate::container::{CheckpointOptions, quiesce, rounds};
+use crate::control::api::{Memory, MigrateAsk, MigrateEvent, MigrateReport};
 use crate::error::{Failure, Kind, Outcome, chain};
 use crate::migration::machine::SourceEvent;
 use crate::migration::phase::SourcePhase;
 use crate::migration::record::RollbackMode;
 use crate::peer::client::CallError;
+use crate::peer::images::Sending;
 use crate::peer::link::PeerStream;
 use crate::peer::{Request, images};
 
@@ -73,6 +74,33 @@ pub async fn migrate(
     let _ = tell.send(last).await;
 }
 
+/// Runs a dump and sends it meanwhile; `send` gets what says that the dump is whole.
+async fn dump_and_send<T, F: Future<Output = Outcome<T>>>(
+    dump: impl Future<Output = Outcome<()>>,
+    send: impl FnOnce(CancellationToken) -> F,
+) -> Outcome<T> {
+    let (dumped, spoilt) = (CancellationToken::new(), CancellationToken::new());
+    let dump = async {
+        let result = dump.await;
+        if result.is_ok() {
+            dumped.cancel()
+        } else {
+            spoilt.cancel()
+        }
+        result
+    };
+    // A stream that breaks does not end criu half way: it is let finish.
+    let sending = async {
+        tokio::select! {
+            sent = send(dumped.clone()) => sent,
+            () = spoilt.cancelled() => Err(Failure::failed("the dump failed")),
+        }
+    };
+    let (dump, sent) = tokio::join!(dump, sending);
+    dump?;
+    sent
+}
+
 struct Run {
     world: MigrateWorld,
     tell: mpsc::Sender<MigrateEvent>,
@@ -87,7 +115,7 @@ impl Run {
             prepared.map_err(|failure| failure.context(format!("{} is not prepared", ask.to)))?;
             probed.map_err(|error| Failure::failed(chain(&error)))?;
             self.tell(MigrateEvent::Prepared { at_ms: self.at_ms() });
-            self.freeze_and_send(found).await
+            self.freeze_and_send(ask, found).await
         };
         let frozen_at = match before.await {
             Ok(frozen_at) => frozen_at,
@@ -100,11 +128,12 @@ impl Run {
         self.tell(MigrateEvent::HandedOver { at_ms: self.at_ms() });
         let hold = self.world.hold.clone();
         // Beside the rest: the container waits.
-        tokio::spawn(async move {
+        let kept = async move {
             if let Err(failure) = hold.keep_images().await {
                 tracing::warn!(%failure, "kept in memory only");
             }
-        });
+        };
+        tokio::spawn(kept.in_current_span());
         self.resume().await?;
         let frozen_ms = u64::try_from(frozen_at.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.world.source.set_frozen_ms(frozen_ms);
@@ -112,22 +141,31 @@ impl Run {
         self.wait_for_release(frozen_ms).await
     }
 
-    /// The pause begins here; the image directory travels while criu fills it.
-    async fn freeze_and_send(&self, found: &Found) -> Outcome<Instant> {
+    /// Sends what can be sent while the container runs. Then the pause begins; the image directory travels while criu fills it.
+    async fn freeze_and_send(&self, ask: &MigrateAsk, found: &Found) -> Outcome<Instant> {
         let Found { runtime, id, cgroup, record } = found;
         let hold = &self.world.hold;
-        // Before the pause: what is written out now is not waited for in it.
+        hold.begin().await?;
+        // Before the pause, for it costs round trips; and so is what can be written out already.
+        let sending = Sending::begin(self.dial().await?, hold.images())?;
+        let (sending, rounds) = match ask.memory {
+            Memory::Frozen => (sending, 0),
+            Memory::Precopy => self.copy_while_it_runs(found, sending).await?,
+        };
         if let Err(error) = quiesce::settle(&record.mount, SETTLE_LIMIT).await {
             tracing::warn!(disk = self.world.disk, error = chain(&error), "the pause will be longer");
         }
-        // So is this: it costs round trips.
-        let stream = self.dial().await?;
-        hold.hold(found).await?;
+        hold.hold(found);
         self.world.source.command(SourceEvent::Freezing(record.clone())).await?;
         let frozen_at = Instant::now();
         hold.freeze(&**runtime, id).await?;
         self.tell(MigrateEvent::Frozen { at_ms: self.at_ms() });
-        let sent = self.checkpoint(found, stream).await?;
+        let options = CheckpointOptions { tcp_established: record.tcp_established, rounds };
+        let dump = async {
+            let dumped = runtime.checkpoint(id, hold.images().to_path_buf(), hold.work(), options).await;
+            dumped.map_err(|error| Failure::failed(chain(&error)))
+        };
+        let sent = dump_and_send(dump, |dumped| sending.finish(dumped)).await?;
         self.tell(MigrateEvent::Checkpointed { at_ms: self.at_ms(), image_bytes: sent.bytes });
         // After criu, which may write to it; this flushes everything to the export.
         quiesce::freeze(&record.mount, QUIESCE_LIMIT).await.map_err(|error| Failure::failed(chain(&error)))?;
@@ -138,6 +176,20 @@ impl Run {
         Ok(frozen_at)
     }
 
+    /// Rounds of pre-dumps, until what is left is little, or no longer gets less. Answers how many there were.
+    async fn copy_while_it_runs(&self, found: &Found, mut sending: Sending) -> Outcome<(Sending, u32)> {
+        let mut sizes = Vec::new();
+        while rounds::another(&sizes) {
+            let round = sizes.len() as u32;
+            let dump = self.world.hold.pre_dump(found, round);
+            let (next, sent) = dump_and_send(dump, |dumped| sending.round(dumped)).await?;
+            sending = next;
+            sizes.push(sent.bytes);
+            self.tell(MigrateEvent::Precopied { at_ms: self.at_ms(), round: round + 1, image_bytes: sent.bytes });
+        }
+        Ok((sending, sizes.len() as u32))
+    }
+
     async fn dial(&self) -> Outcome<PeerStream> {
         let subject = self.world.source.view().subject(&self.world.disk);
         let lost = |why: String| Failure::unreachable(format!("cannot open the checkpoint's stream: {why}"));
@@ -145,33 +197,6 @@ impl Run {
             Ok(dialed) => dialed.map_err(|error| lost(error.to_string())),
             Err(_) => Err(lost(format!("no answer within {} s", DIAL_TIME.as_secs()))),
         }
-    }
-
-    async fn checkpoint(&self, Found { runtime, id, record, .. }: &Found, stream: PeerStream) -> Outcome<Followed> {
-        let images = self.world.hold.images();
-        let work = self.world.hold.work();
-        let tcp_established = record.tcp_established;
-        let (dumped, spoilt) = (CancellationToken::new(), CancellationToken::new());
-        let dump = async {
-            let options = CheckpointOptions { tcp_established };
-            let result = runtime.checkpoint(id, images.to_path_buf(), work, options).await;
-            if result.is_ok() {
-                dumped.cancel()
-            } else {
-                spoilt.cancel()
-            }
-            result.map_err(|error| Failure::failed(chain(&error)))
-        };
-        // A stream that breaks does not end criu half way: it is let finish.
-        let send = async {
-            tokio::select! {
-                sent = images::send(stream, images, dumped.clone()) => sent,
-                () = spoilt.cancelled() => Err(Failure::failed("the dump failed")),
-            }
-        };
-        let (dump, sent) = tokio::join!(dump, send);
-        dump?;
-        sent
     }
 
     async fn resume(&self) -> Outcome<()> {

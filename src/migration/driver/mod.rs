@@ -25,6 +25,7 @@ use super::journal::OwnershipRecord;
 use super::machine::Denied;
 use super::record::Record;
 use crate::error::{Failure, chain};
+use crate::units::Epoch;
 
 /// A disk's record of ownership, shared by the migrations that follow one another.
 pub type SharedRecord = Arc<Mutex<dyn OwnershipRecord>>;
@@ -38,7 +39,9 @@ const BUSY_RETRY_MS: u64 = 500;
 /// Appends a record off the runtime's threads: it syncs.
 async fn append(journal: &SharedRecord, record: Record) -> Result<(), Failure> {
     let journal = journal.clone();
+    let span = tracing::Span::current();
     let appended = tokio::task::spawn_blocking(move || {
+        let _entered = span.entered();
         let mut journal = journal.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         journal.append(&record).map_err(|error| Failure::failed(chain(&error)))
     });
@@ -46,6 +49,11 @@ async fn append(journal: &SharedRecord, record: Record) -> Result<(), Failure> {
         Ok(result) => result,
         Err(error) => Err(Failure::failed(format!("the journal's task ended: {error}"))),
     }
+}
+
+/// The disk's span is told where the migration is, so that its lines in the log say so.
+fn note(epoch: Epoch, phase: &'static str) {
+    tracing::Span::current().record("epoch", epoch.0).record("phase", phase);
 }
 
 async fn pending<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {

@@ -6,9 +6,10 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::container::SourceHold;
-use super::{COMMANDS, SharedRecord, append, denied, driver_gone, pending};
+use super::{COMMANDS, SharedRecord, append, denied, driver_gone, note, pending};
 use crate::clock;
 use crate::error::{Failure, Kind, Outcome};
 use crate::export::{GateMode, LazyExport};
@@ -119,7 +120,7 @@ impl SourceHandle {
             last_error: None,
         });
         let (peer, export) = (world.peer.clone(), world.export.clone());
-        tokio::spawn(drive(world, machine, inbox, publish, stop));
+        tokio::spawn(drive(world, machine, inbox, publish, stop).in_current_span());
         Self { commands, view, peer, export, frozen_ms: Arc::default() }
     }
 
@@ -292,6 +293,7 @@ fn publish_view(
     heard_at: Option<BootTime>,
     last_error: &Option<String>,
 ) {
+    note(machine.record().epoch, machine.record().phase.name());
     publish.send_modify(|view| {
         *view = SourceView {
             record: machine.record().clone(),
@@ -420,7 +422,7 @@ pub(crate) fn new_record(
     policy: LinkPolicy,
 ) -> SourceRecord {
     let (phase, peer) = (SourcePhase::Serving, peer.into());
-    SourceRecord { migration, epoch, phase, peer, peer_name, timings, container: None, policy, seal: None }
+    SourceRecord { migration, epoch, phase, peer, peer_name, timings, container: None, policy, seal: None, base: None }
 }
 
 #[cfg(test)]

@@ -84,6 +84,27 @@ impl Requests {
         }
     }
 
+    /// Takes the head of a WRITE of at least `long` bytes that is at the front of `input` and has not arrived as a whole:
+    /// its payload, of which `input` may hold the beginning, is then for the caller to take, before the next call of
+    /// [`Requests::next`]. `None`: what is at the front is something else, or `accept` says no.
+    pub fn begin_write(
+        &mut self,
+        input: &mut BytesMut,
+        long: u64,
+        accept: impl FnOnce(&Request) -> bool,
+    ) -> Option<Request> {
+        if self.skipping.is_some() {
+            return None;
+        }
+        let request = self.head(input).ok()?;
+        let kept = matches!(self.payload(&request), Payload::Keep(_));
+        if request.command != Command::WRITE || request.length < long || !kept || !accept(&request) {
+            return None;
+        }
+        input.advance(self.head_length());
+        Some(request)
+    }
+
     /// How many bytes the buffer has to hold in all before [`Requests::next`] can hand out the request at its front:
     /// at least one head, and at most one head and [`MAX_PAYLOAD`].
     pub fn wanted(&self, input: &BytesMut) -> usize {

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use tokio::sync::OnceCell;
+
 use super::guarded::Guarded;
 use super::{
     MOUNT_LIMIT, RESTORE_LIMIT, Runtimes, attach_mounted, check_rootfs, failed, forget_rule, id, open_network,
@@ -26,6 +28,8 @@ pub struct DestinationHold {
     device: Arc<DeviceSlot>,
     container: Option<DestinationContainer>,
     places: Places,
+    /// The container's network namespace, once its runtime was asked: a fence does not wait for that.
+    netns: OnceCell<Option<PathBuf>>,
     /// The container has been restored whole: its network follows its freezing and thawing.
     open: AtomicBool,
     guard: Guarded,
@@ -74,7 +78,7 @@ impl DestinationHold {
     ) -> Self {
         let guard = Guarded::new(places.lease.clone(), places.state.join("guard.log"));
         let open = AtomicBool::new(false);
-        Self { disk: disk.into(), epoch, runtimes, device, container, places, open, guard }
+        Self { disk: disk.into(), epoch, runtimes, device, container, places, netns: OnceCell::new(), open, guard }
     }
 
     /// Whether everything for the container is there; its network is closed until it runs.
@@ -82,7 +86,7 @@ impl DestinationHold {
         let Some(container) = &self.container else { return Ok(()) };
         let runtime = self.runtimes.find(&container.runtime)?;
         let id = id(&container.id)?;
-        let bundle = self.bundle(container)?;
+        let bundle = self.bundle(container).await?;
         let mount = self.mount_point()?;
         bundle.check_rootfs_below(&mount).map_err(|error| failed(&error))?;
         tokio::fs::create_dir_all(&mount)
@@ -95,7 +99,7 @@ impl DestinationHold {
             )));
         }
         runtime.probe(self.places.state.join("probe")).await.map_err(|error| failed(&error))?;
-        if let Some(drop) = self.net_drop()? {
+        if let Some(drop) = self.net_drop().await? {
             drop.install().await.map_err(|error| failed(&error))?;
         }
         Ok(())
@@ -136,7 +140,7 @@ impl DestinationHold {
     async fn start(&self, container: &DestinationContainer, images: Option<PathBuf>) -> Outcome<()> {
         let runtime = self.runtimes.find(&container.runtime)?;
         let id = id(&container.id)?;
-        let bundle = self.bundle(container)?;
+        let bundle = self.bundle(container).await?;
         let mount_point = self.mount_point()?;
         let begun = Instant::now();
         let told = |what| tracing::info!(disk = self.disk, elapsed_ms = begun.elapsed().as_millis(), "{what}");
@@ -173,7 +177,7 @@ impl DestinationHold {
             // Before it is heard of: what runs from here on is not an attempt that broke off.
             rename(self.places.restoring(), self.places.done()).await?;
         }
-        if let Some(drop) = self.net_drop()? {
+        if let Some(drop) = self.net_drop().await? {
             // A container that comes back finds the rule of its own departure.
             let departed = NetDrop::new(drop.netns(), &source_owner(&self.disk));
             open_network(&drop, Some(&departed)).await?;
@@ -248,7 +252,7 @@ impl DestinationHold {
 
     /// A container that runs has its network, and another must not get it.
     async fn network(&self, what: &str, act: impl AsyncFnOnce(NetDrop) -> Result<(), Error>) {
-        let acted = match self.net_drop() {
+        let acted = match self.net_drop().await {
             Ok(Some(drop)) => act(drop).await.map_err(|error| failed(&error)),
             Ok(None) => Ok(()),
             Err(failure) => Err(failure),
@@ -299,7 +303,7 @@ impl DestinationHold {
 
     /// The network of a container that has gone is open again: the operator forgets the disk.
     pub async fn open_network(&self) -> Outcome<()> {
-        forget_rule(self.net_drop()?).await
+        forget_rule(self.net_drop().await?).await
     }
 
     async fn remove_container(&self, container: &DestinationContainer) -> Outcome<()> {
@@ -341,13 +345,13 @@ impl DestinationHold {
         Cgroup::at(&format!("/lazy-migrate-{}-{}", id.as_str(), self.epoch)).map_err(|error| failed(&error))
     }
 
-    fn bundle(&self, container: &DestinationContainer) -> Outcome<Bundle> {
-        let Some(bundles) = &self.places.bundles else {
-            return Err(Failure::refused(
-                "this host takes no containers; start its node with --bundle-dir and --mount-dir",
-            ));
-        };
-        Bundle::read(&bundles.join(&container.id)).map_err(|error| failed(&error))
+    async fn bundle(&self, container: &DestinationContainer) -> Outcome<Bundle> {
+        let (runtime, id) = (self.runtimes.find(&container.runtime)?, id(&container.id)?);
+        let dir = self.places.bundles.as_ref().map(|bundles| bundles.join(&container.id));
+        runtime.bundle(&id, dir).await.map_err(|error| match error {
+            Error::NoBundleDir => Failure::refused(error),
+            other => failed(&other),
+        })
     }
 
     fn mount_point(&self) -> Outcome<PathBuf> {
@@ -357,9 +361,9 @@ impl DestinationHold {
         }
     }
 
-    fn net_drop(&self) -> Outcome<Option<NetDrop>> {
+    async fn net_drop(&self) -> Outcome<Option<NetDrop>> {
         let Some(container) = &self.container else { return Ok(None) };
-        let netns = self.bundle(container)?.netns();
-        Ok(netns.map(|netns| NetDrop::new(netns, &format!("{}-destination", self.disk))))
+        let netns = self.netns.get_or_try_init(|| async { Ok::<_, Failure>(self.bundle(container).await?.netns()) });
+        Ok(netns.await?.as_ref().map(|netns| NetDrop::new(netns, &format!("{}-destination", self.disk))))
     }
 }

@@ -5,6 +5,7 @@
 
 mod destination;
 mod guarded;
+mod precopy;
 mod source;
 
 use std::collections::BTreeMap;
@@ -167,7 +168,8 @@ fn sync_tree(directory: &Path) -> std::io::Result<()> {
         match entry.file_type()? {
             kind if kind.is_dir() => sync_tree(&entry.path())?,
             kind if kind.is_file() => std::fs::File::open(entry.path())?.sync_all()?,
-            // criu leaves links to descriptors there while it works; they hold nothing.
+            // criu leaves links to descriptors there while it works; they hold nothing. Links between the rounds of a
+            // pre-dump are durable with their directories.
             _ => {}
         }
     }

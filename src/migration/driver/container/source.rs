@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use super::precopy::PreDumps;
 use super::{
     RESTORE_LIMIT, Runtimes, attach_mounted, failed, forget_rule, id, lock, open_network, remove_file, remove_tree,
     rename, source_owner, sync_tree, unmount,
 };
-use crate::container::{Bundle, Cgroup, ContainerId, Error, NetDrop, RestoreSpec, Runtime, quiesce};
+use crate::container::{Cgroup, ContainerId, Error, NetDrop, RestoreSpec, Runtime, quiesce};
 use crate::device::{DeviceSlot, mounts_of};
 use crate::error::{Failure, Outcome, chain};
 use crate::migration::record::SourceContainer;
@@ -33,6 +34,7 @@ pub struct SourceHold {
     /// Its control group, unless the node was restarted since: the shortest way to a thaw.
     cgroup: Mutex<Option<Cgroup>>,
     images: PathBuf,
+    pub(super) pre_dumps: PreDumps,
 }
 
 impl SourceHold {
@@ -44,11 +46,11 @@ impl SourceHold {
         container: Option<SourceContainer>,
         images: PathBuf,
     ) -> Self {
-        let container = Mutex::new(container);
-        Self { owner: source_owner(disk), runtimes, device, container, cgroup: Mutex::default(), images }
+        let (owner, container, cgroup) = (source_owner(disk), Mutex::new(container), Mutex::default());
+        Self { owner, runtimes, device, container, cgroup, images, pre_dumps: PreDumps::default() }
     }
 
-    /// Where the checkpoint's images are; kept until release.
+    /// Where the checkpoint's images are, with all rounds before it; kept until release.
     pub fn images(&self) -> &Path {
         &self.images
     }
@@ -89,13 +91,15 @@ impl SourceHold {
         Ok(Found { runtime, id, cgroup, record })
     }
 
-    /// From now on a thaw or a release is about this container, and nothing of an earlier checkpoint is left that could be
-    /// taken for the one to come.
-    pub async fn hold(&self, found: &Found) -> Outcome<()> {
-        self.remove_images().await?;
+    /// Nothing of an earlier checkpoint is left that could be taken for the one to come, or for a round before it.
+    pub async fn begin(&self) -> Outcome<()> {
+        self.remove_images().await
+    }
+
+    /// From now on a thaw or a release is about this container.
+    pub fn hold(&self, found: &Found) {
         *lock(&self.container) = Some(found.record.clone());
         *lock(&self.cgroup) = Some(found.cgroup.clone());
-        Ok(())
     }
 
     /// Packets dropped, then all tasks stopped.
@@ -159,7 +163,7 @@ impl SourceHold {
         };
         let restored = async {
             attach_mounted(&self.device, &container.mount).await?;
-            let bundle = Bundle::read(&container.bundle).map_err(|error| failed(&error))?;
+            let bundle = runtime.bundle(id, Some(container.bundle.clone())).await.map_err(|error| failed(&error))?;
             if let Some(drop) = self.net_drop(container) {
                 drop.install().await.map_err(|error| failed(&error))?;
             }
@@ -196,7 +200,14 @@ impl SourceHold {
     /// Everything goes on as if nothing had been. The tasks first: clients wait for them. What arrives before they run
     /// waits in their sockets.
     pub async fn thaw(&self) -> Outcome<()> {
-        let Some(container) = self.held() else { return Ok(()) };
+        let Some(container) = self.held() else {
+            // It was never frozen. What was dumped of it while it ran goes; a rest is in nobody's way.
+            self.pre_dumps.end().await;
+            if let Err(failure) = self.remove_images().await {
+                tracing::warn!(%failure, "what was dumped of the running container is left behind");
+            }
+            return Ok(());
+        };
         let runtime = self.runtimes.find(&container.runtime)?;
         let id = id(&container.id)?;
         // A live group answers at once; only without one the runtime is asked whether there is a container at all.
@@ -242,7 +253,7 @@ impl SourceHold {
                 tracing::warn!(error = chain(&error), "the departed container's connections were not ended");
             }
             // And its network stays closed: nothing may still speak for the address that has moved.
-            runtime.kill_and_delete(&id(&container.id)?).await.map_err(|error| failed(&error))?;
+            runtime.release(&id(&container.id)?).await.map_err(|error| failed(&error))?;
             quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
             unmount(&self.device).await?;
             // There is nothing to write: the disk is immutable since the handover.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::super::container::DestinationHold;
 use super::super::{COMMANDS, SharedRecord, denied, driver_gone};
@@ -97,7 +98,7 @@ impl DestinationHandle {
             last_error: None,
         });
         let peer = world.peer.clone();
-        tokio::spawn(Driver::new(world, machine, publish).run(inbox, stop));
+        tokio::spawn(Driver::new(world, machine, publish).run(inbox, stop).in_current_span());
         Self { commands, view, peer }
     }
 

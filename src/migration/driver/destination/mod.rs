@@ -17,8 +17,8 @@ use effects::perform;
 use handle::Command;
 pub use handle::{ContainerState, DestinationHandle, DestinationView, DestinationWorld};
 
-use super::pending;
 use super::verify::Verifier;
+use super::{note, pending};
 use crate::clock;
 use crate::error::{Failure, Outcome};
 use crate::migration::lease::Beat;
@@ -401,6 +401,7 @@ impl Driver {
     }
 
     fn publish(&self) {
+        note(self.machine.record().epoch, self.machine.record().phase.name());
         self.publish.send_modify(|view| {
             *view = DestinationView {
                 record: self.machine.record().clone(),

@@ -25,6 +25,7 @@ fn source_record(migration: &str, epoch: Epoch, timings: Timings) -> SourceRecor
         container: None,
         policy: LinkPolicy::default(),
         seal: None,
+        base: None,
     }
 }
 

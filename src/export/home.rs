@@ -1,0 +1,183 @@
+//! A thread of an export's own, where its clients are served and what they wait for is fetched.
+//!
+//! From a client's request to the upstream and back, everything is done on one thread: nobody has to be woken but by the two
+//! sockets. It takes no part in the node's other work, so a slow disk or a busy client holds up its own export and
+//! neither another one nor the messages between nodes. The background pull is not here: it has the node's threads.
+//!
+//! Where one request follows the other, what takes the time is that threads fall asleep and are woken on another processor.
+//! So before this one sleeps it lets others have its processor once: a client or a source that was only waiting for it
+//! runs at once, and mostly there is something to do again when it comes back. Where nobody waits, it costs one system call a
+//! sleep.
+
+use std::future::{Future, pending};
+use std::io;
+use std::panic::resume_unwind;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::pull::PullState;
+
+/// Ends with the last reference to it; what still runs there is dropped.
+#[derive(Debug)]
+pub struct Home {
+    handle: Handle,
+    pull: Arc<OnceLock<watch::Receiver<PullState>>>,
+    _end: DropGuard,
+}
+
+impl Home {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// There are no more threads or descriptors.
+    pub fn new(name: &str) -> io::Result<Arc<Home>> {
+        let pull = Arc::new(OnceLock::new());
+        let give_way = {
+            let pull = pull.clone();
+            move || {
+                if may_give_way(&pull) {
+                    thread::yield_now();
+                }
+            }
+        };
+        let runtime = Builder::new_current_thread().enable_all().on_thread_park(give_way).build()?;
+        let handle = runtime.handle().clone();
+        let end = CancellationToken::new();
+        let ended = end.clone();
+        thread::Builder::new().name(format!("disk {name}")).spawn(move || {
+            runtime.block_on(ended.cancelled());
+            // Blocking file work that nobody waits for must not keep the thread.
+            runtime.shutdown_background();
+        })?;
+        Ok(Arc::new(Home { handle, pull, _end: end.drop_guard() }))
+    }
+
+    /// The thread does not give way while this pull runs, which wants the processors for long: it would wait behind the pull
+    /// for its next turn.
+    pub(super) fn goes_before(&self, pull: watch::Receiver<PullState>) {
+        // One export has one pull.
+        let _ = self.pull.set(pull);
+    }
+
+    /// To run tasks there.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// Has something done there, with the sockets that it opens.
+    pub async fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
+        match AbortOnDropHandle::new(self.handle.spawn(work)).await {
+            Ok(done) => done,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                // The thread lives as long as this reference to it.
+                Err(_) => pending().await,
+            },
+        }
+    }
+}
+
+fn may_give_way(pull: &OnceLock<watch::Receiver<PullState>>) -> bool {
+    pull.get().is_none_or(|pull| *pull.borrow() != PullState::Pulling)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use bytes::Bytes;
+    use nbd::address::Address;
+    use nbd::client::{Client, ConnectOptions};
+    use nbd::memory::SingleExport;
+    use nbd::server::{Listener, ServeOptions};
+    use nbd::uri::NbdUri;
+
+    use super::*;
+    use crate::export::LazyExport;
+    use crate::store::MemoryStore;
+
+    const SIZE: usize = 1 << 20;
+
+    /// One letter: whether the kernel has a thread of this process running (R) or asleep (S).
+    fn state(thread: nix::unistd::Pid) -> char {
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+        stat.rsplit(") ").next().unwrap().chars().next().unwrap()
+    }
+
+    /// A client that asks one thing after the other is looked for; the answers are the same, and with its last request
+    /// that ends.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_steady_client_is_served_there_and_the_thread_sleeps_when_it_stops() {
+        let home = Home::new("web").unwrap();
+        let thread = home.run(async { nix::unistd::gettid() }).await;
+        let export = LazyExport::local_on("disk", Arc::new(MemoryStore::new(SIZE as u64)), false).unwrap();
+        let exports = Arc::new(SingleExport::new("disk", Arc::new(export.with_home(home))));
+        let (directory, shutdown) = (tempfile::tempdir().unwrap(), CancellationToken::new());
+        let address = Address::Unix(directory.path().join("s"));
+        let listener = Listener::bind(&address).await.unwrap();
+        let served = tokio::spawn(listener.run(exports, ServeOptions::default(), shutdown.clone()));
+        let client = Client::connect(&NbdUri::new(address, "disk"), &ConnectOptions::default()).await.unwrap();
+        let mut expected = vec![0; SIZE];
+        for round in 0..3000usize {
+            let length = [512, 4096, 100, 70_000, 300_000][round % 5];
+            let offset = (round * 7919 * 512) % (SIZE - length);
+            if round % 3 == 0 {
+                expected[offset..offset + length].fill(round as u8);
+                let bytes = Bytes::copy_from_slice(&expected[offset..offset + length]);
+                client.write(offset as u64, bytes, false).await.unwrap();
+            } else {
+                let read = client.read(offset as u64, length).await.unwrap();
+                assert!(read == expected[offset..offset + length], "round {round}");
+            }
+        }
+        let begun = Instant::now();
+        while state(thread) != 'S' {
+            assert!(begun.elapsed() < Duration::from_secs(30), "it spins, although nobody asks");
+            tokio::task::yield_now().await;
+        }
+        client.close().await;
+        shutdown.cancel();
+        served.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn it_has_one_thread_of_its_own() {
+        let home = Home::new("web").unwrap();
+        let here = thread::current().id();
+        let there = || async { (thread::current().id(), thread::current().name().map(str::to_owned)) };
+        let (first, name) = home.run(there()).await;
+        let (second, _) = home.run(there()).await;
+        assert_ne!(first, here);
+        assert_eq!(first, second);
+        assert_eq!(name.as_deref(), Some("disk web"));
+    }
+
+    #[tokio::test]
+    async fn it_gives_way_but_not_to_the_pull() {
+        let home = Home::new("web").unwrap();
+        assert!(may_give_way(&home.pull));
+        let pull = watch::Sender::new(PullState::Off);
+        home.goes_before(pull.subscribe());
+        for state in [PullState::Off, PullState::Pulling, PullState::PausedNoSpace, PullState::Complete] {
+            pull.send_replace(state);
+            assert_eq!(may_give_way(&home.pull), state != PullState::Pulling);
+        }
+    }
+
+    #[tokio::test]
+    async fn it_ends_with_the_last_reference_and_takes_its_tasks_along() {
+        let home = Home::new("web").unwrap();
+        let (kept, gone) = tokio::sync::oneshot::channel::<()>();
+        home.handle().spawn(async move {
+            let _kept = kept;
+            pending::<()>().await;
+        });
+        drop(home);
+        assert!(gone.await.is_err(), "the task was dropped");
+    }
+}
