@@ -6,6 +6,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, SpliceFFlags, fallocate, posix_fadvise, splice};
@@ -22,6 +23,8 @@ pub struct FileStore {
     file: File,
     size: u64,
     sync_failed: AtomicBool,
+    /// Held while a sync runs and while memory is let go of: see [`FileStore::let_go`].
+    syncing: Mutex<()>,
     /// Its file system has no pages to give.
     splices_not: AtomicBool,
     /// It takes none.
@@ -67,7 +70,15 @@ impl FileStore {
 
     fn of(file: File, size: u64) -> Self {
         let no = || AtomicBool::new(false);
-        Self { file, size, sync_failed: no(), splices_not: no(), takes_none: no(), waits_unasked: no() }
+        Self {
+            file,
+            size,
+            sync_failed: no(),
+            syncing: Mutex::new(()),
+            splices_not: no(),
+            takes_none: no(),
+            waits_unasked: no(),
+        }
     }
 
     fn fallocate(&self, range: ByteRange, flags: FallocateFlags) -> Result<(), Errno> {
@@ -77,6 +88,18 @@ impl FileStore {
                 Err(Errno::EINTR) => {}
                 result => return result,
             }
+        }
+    }
+
+    /// Has the system let go of the memory of a range that was written out. Not after a failure: what could not be written
+    /// passes for written then, and the memory holds the only copy. The kernel tells each error once, so who waited for
+    /// this range may have heard nothing of one that a sync beside it was told, and has not yet noted.
+    fn let_go(&self, range: ByteRange) {
+        let _no_sync = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.sync_failed.load(Ordering::Acquire) {
+            // Advice: nobody minds if it is not taken.
+            let (start, length) = (range.start as i64, range.len() as i64);
+            let _ = posix_fadvise(&self.file, start, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
         }
     }
 
@@ -211,9 +234,7 @@ impl Store for FileStore {
         match sync_file_range(&self.file, range, wait) {
             Ok(()) => {
                 if wait {
-                    // Advice: nobody minds if it is not taken.
-                    let (start, length) = (range.start as i64, range.len() as i64);
-                    let _ = posix_fadvise(&self.file, start, length, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+                    self.let_go(range);
                 }
                 Ok(())
             }
@@ -253,6 +274,7 @@ impl Store for FileStore {
     }
 
     fn sync(&self) -> io::Result<Durable> {
+        let _keeping = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.sync_failed.load(Ordering::Acquire) {
             return Err(io::Error::other("an earlier sync of this store failed, its bytes may be lost"));
         }
@@ -357,6 +379,23 @@ mod tests {
         // Half of it lies beyond the end: left to the read that waits, which says so.
         assert!(!store.read_cached(5 << 30, &mut [0; 6]).unwrap());
         assert!(store.read_at(5 << 30, &mut [0; 6]).is_err());
+    }
+
+    #[test]
+    fn what_could_not_be_written_stays_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = FileStore::open_or_create(&dir.path().join("disk"), 1 << 20).unwrap();
+        let range = ByteRange::new(0, 1 << 20);
+        let in_memory = || store.read_cached(0, &mut vec![0; 1 << 20]).unwrap();
+        store.write_at(0, &vec![7; 1 << 20]).unwrap();
+        store.write_out(range, true).unwrap();
+        // In a file system that is nothing but memory nothing can be let go of.
+        let on_disk = !in_memory();
+        store.write_at(0, &vec![8; 1 << 20]).unwrap();
+        store.sync_failed.store(true, Ordering::Release);
+        store.write_out(range, true).unwrap();
+        assert!(in_memory(), "on a disk: {on_disk}");
+        assert!(store.sync().is_err());
     }
 
     #[test]
