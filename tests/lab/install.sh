@@ -53,7 +53,8 @@ need_root() { [ "$(id -u)" = 0 ] || die "packages are missing ($*); run this as 
 # Debian 12's qemu-system-x86 conflicts with a qemu-utils from backports. Then the same suite has to give both; it is
 # asked through a private apt state, so that the machine's own sources stay as they are.
 install_qemu() {
-  apt install -y --no-install-recommends "$@" && return
+  # Not by taking qemu-utils away, which apt would.
+  apt install -y --no-install-recommends --no-remove "$@" && return
   local state=$lab/apt codename
   codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-bookworm}")
   mkdir -p "$state/parts" "$state/lists/partial" "$state/cache/archives/partial"
@@ -109,7 +110,7 @@ if [ ${#want[@]} -gt 0 ]; then
   need_root "${want[*]}"
   echo "installing ${want[*]}" >&2
   update
-  apt install -y --no-install-recommends "${want[@]}" || die "apt could not install ${want[*]}; its output is in $log"
+  apt install -y --no-install-recommends --no-remove "${want[@]}" || die "apt could not install ${want[*]}; its output is in $log"
 fi
 if [ "$with_guest" = 1 ]; then
   mapfile -t want < <(missing "${guest_packages[@]}")

@@ -207,9 +207,12 @@ fn another_migration_in_between_makes_the_old_disk_useless() {
     shuttle.b.cli(&["prepare", "web", "--to", &to_c]);
     shuttle.b.cli(&["handover", "web"]);
     shuttle.b.cli(&["wait", "web", "--timeout", "60s"]);
+    // Both sides: the source hears of the end before the destination has recorded it.
+    c.cli(&["wait", "web", "--timeout", "60s"]);
     c.cli(&["prepare", "web", "--to", &shuttle.to_b]);
     c.cli(&["handover", "web"]);
     c.cli(&["wait", "web", "--timeout", "60s"]);
+    shuttle.b.cli(&["wait", "web", "--timeout", "60s"]);
     assert_eq!(shuttle.b.status("web")["pulled_bytes"], 0, "nothing was written at C");
     let said = shuttle.b.fails(3, &["prepare", "web", "--to", &shuttle.to_a]);
     assert!(said.contains("not what the disk was when it came to the host that offers it"), "{said}");
