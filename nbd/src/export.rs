@@ -34,8 +34,35 @@ pub enum ReadAnswer {
     /// none empty, none touching the next). Where the client understands it, they are sent as holes. Worth telling only
     /// where it costs no more than the read itself.
     Sparse(Vec<Range<usize>>),
-    /// The bytes come later, exactly as many as were asked; the buffer that was given is not used.
-    Later(BoxFuture<'static, Result<Bytes, Errno>>),
+    /// The bytes come later; the buffer that was given is not used.
+    Later(BoxFuture<'static, Result<LateRead, Errno>>),
+}
+
+/// What came of a READ that had to wait.
+#[derive(Clone, Debug)]
+pub enum LateRead {
+    /// The bytes, exactly as many as were asked.
+    Bytes(Bytes),
+    /// Nothing is to be waited for any more: ask again, with a buffer or for pages.
+    AtHand,
+}
+
+/// Reads to the end, whatever has to be waited for.
+pub async fn read(export: &(impl Export + ?Sized), offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
+    loop {
+        match export.read(offset, buffer) {
+            ReadAnswer::Now(done) => return done,
+            ReadAnswer::Sparse(_) => return Ok(()),
+            ReadAnswer::Later(work) => match work.await? {
+                LateRead::AtHand => {}
+                LateRead::Bytes(bytes) if bytes.len() == buffer.len() => {
+                    buffer.copy_from_slice(&bytes);
+                    return Ok(());
+                }
+                LateRead::Bytes(_) => return Err(Errno::EIO),
+            },
+        }
+    }
 }
 
 /// What came of [`Export::splice`].

@@ -2,12 +2,13 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::BorrowedFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use common::plain::{Plain, Served};
 use common::within;
@@ -15,7 +16,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use nbd::address::Address;
 use nbd::client::{Client, ConnectOptions};
-use nbd::export::{ExportInfo, ReadAnswer, Spliced};
+use nbd::export::{ExportInfo, LateRead, ReadAnswer, Spliced};
 use nbd::memory::SingleExport;
 use nbd::server::{Listener, ServeOptions};
 use nbd::uri::NbdUri;
@@ -26,9 +27,11 @@ use tokio_util::sync::CancellationToken;
 const MIB: usize = 1 << 20;
 const SIZE: usize = 24 * MIB;
 
-/// A file that gives its pages, except that every third time it breaks off in the middle.
+/// A file that gives its pages, except that every third time it breaks off in the middle. Some of it comes later.
 struct Pages {
     file: File,
+    /// Where the reads begin that have to wait, each once.
+    missing: Arc<Mutex<HashSet<u64>>>,
     asked: AtomicUsize,
     given: AtomicUsize,
 }
@@ -39,10 +42,21 @@ impl Plain for Pages {
     }
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
+        if self.missing.lock().unwrap().contains(&offset) {
+            let missing = self.missing.clone();
+            return ReadAnswer::Later(Box::pin(async move {
+                tokio::task::yield_now().await;
+                missing.lock().unwrap().remove(&offset);
+                Ok(LateRead::AtHand)
+            }));
+        }
         ReadAnswer::Now(self.file.read_exact_at(buffer, offset).map_err(|_| Errno::EIO))
     }
 
     fn splice(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> Spliced {
+        if self.missing.lock().unwrap().contains(&offset) {
+            return Spliced::No;
+        }
         let spoilt = self.asked.fetch_add(1, Ordering::Relaxed) % 3 == 2;
         let (mut at, mut left) = (offset as i64, if spoilt { length / 2 } else { length });
         while left > 0 {
@@ -66,7 +80,9 @@ async fn pages_are_the_bytes_in_every_framing_and_in_their_order() {
     let path = dir.path().join("disk");
     File::create(&path).unwrap().write_all(&bytes).unwrap();
     let file = File::open(&path).unwrap();
-    let export = Arc::new(Pages { file, asked: AtomicUsize::new(0), given: AtomicUsize::new(0) });
+    let missing = Arc::new(Mutex::new(HashSet::new()));
+    let (asked, given) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let export = Arc::new(Pages { file, missing: missing.clone(), asked, given });
     let stop = CancellationToken::new();
     for address in [Address::Unix(dir.path().join("socket")), Address::Tcp { host: "127.0.0.1".into(), port: 0 }] {
         let listener = Listener::bind(&address).await.unwrap();
@@ -84,6 +100,7 @@ async fn pages_are_the_bytes_in_every_framing_and_in_their_order() {
                 3 => (n * 4096, 256 << 10),
                 _ => (n * 1000, 5 * MIB),
             });
+            missing.lock().unwrap().extend(ranges.clone().map(|(offset, _)| offset as u64).filter(|at| at % 3 > 0));
             let reads = ranges.map(|(offset, length)| {
                 let client = &client;
                 async move { (offset, length, client.read(offset as u64, length).await.unwrap()) }
@@ -94,6 +111,7 @@ async fn pages_are_the_bytes_in_every_framing_and_in_their_order() {
             }
             drop(reads);
             client.close().await;
+            assert!(missing.lock().unwrap().is_empty());
         }
         drop(served);
     }

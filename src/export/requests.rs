@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::{Bytes, BytesMut};
-use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, Spliced, ZeroMode};
+use nbd::export::{Answer, Export, ExportInfo, Extent, LateRead, ReadAnswer, Spliced, ZeroMode};
 use nbd::wire::Errno;
 use tokio::runtime::Handle;
 
@@ -177,7 +177,7 @@ impl Inner {
 
 /// A read of present blocks that waits for the local disk: on a thread, so that the connection's other requests do not
 /// wait behind it, and the disk has many at a time.
-async fn read_from_disk(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno> {
+async fn read_from_disk(inner: Arc<Inner>, range: ByteRange) -> Result<LateRead, Errno> {
     let Ok(turn) = inner.disk_reads.clone().acquire_owned().await else { return Err(Errno::ESHUTDOWN) };
     let disk = inner.disk.clone();
     let read = tokio::task::spawn_blocking(move || {
@@ -188,29 +188,25 @@ async fn read_from_disk(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Er
     let bytes = read.await.map_err(|_| Errno::EIO)?;
     // The lease may have ended meanwhile.
     inner.gate.until_served().await?;
-    bytes.map_err(|error| errno_of(&error))
+    bytes.map(LateRead::Bytes).map_err(|error| errno_of(&error))
 }
 
 /// A read that must wait: for the gate, or for missing blocks.
-async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<Bytes, Errno> {
+async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<LateRead, Errno> {
     inner.gate.until_served().await?;
     let blocks = inner.disk.block_size.cover(range);
     let missing = !inner.disk.map.is_present(blocks);
-    let bytes = match &inner.fetcher {
-        Some(fetcher) if missing => {
-            let fault = fetcher.faults.begin();
-            let brought = inner.fetch_or_closed(fetcher, blocks, Class::Demand).await?;
-            fault.served();
-            brought.assemble(&inner.disk, range)
-        }
-        _ => {
-            let mut buffer = BytesMut::zeroed(range.len() as usize);
-            inner.disk.read(range.start, &mut buffer).map(|()| buffer.freeze())
-        }
-    };
+    let Some(fetcher) = inner.fetcher.as_ref().filter(|_| missing) else { return Ok(LateRead::AtHand) };
+    let fault = fetcher.faults.begin();
+    let brought = inner.fetch_or_closed(fetcher, blocks, Class::Demand).await?;
+    fault.served();
+    if brought.is_empty() {
+        return Ok(LateRead::AtHand);
+    }
+    let bytes = brought.assemble(&inner.disk, range);
     // It may have been fenced meanwhile.
     inner.gate.until_served().await?;
-    bytes.map_err(|error| errno_of(&error))
+    bytes.map(LateRead::Bytes).map_err(|error| errno_of(&error))
 }
 
 #[cfg(test)]
@@ -285,7 +281,7 @@ mod tests {
         }
     }
 
-    fn reads(export: &LazyExport, count: usize) -> Vec<(u64, tokio::task::JoinHandle<Result<Bytes, Errno>>)> {
+    fn reads(export: &LazyExport, count: usize) -> Vec<(u64, tokio::task::JoinHandle<Result<LateRead, Errno>>)> {
         let read = |index: usize| {
             let offset = (index * 5003) as u64;
             let mut buffer = vec![0; 4096];
@@ -308,7 +304,8 @@ mod tests {
         store.open();
         let content = store.store.to_bytes();
         for (offset, read) in reads {
-            assert!(read.await.unwrap().unwrap() == content[offset as usize..offset as usize + 4096]);
+            let Ok(LateRead::Bytes(bytes)) = read.await.unwrap() else { panic!("the bytes are to be had") };
+            assert!(bytes == content[offset as usize..offset as usize + 4096]);
         }
         assert_eq!(store.most.load(Ordering::SeqCst), DISK_READS);
     }
@@ -320,7 +317,7 @@ mod tests {
         let failing = reads(&export, 1);
         store.open();
         for (_, read) in failing {
-            assert_eq!(read.await.unwrap(), Err(Errno::EIO));
+            assert_eq!(read.await.unwrap().err(), Some(Errno::EIO));
         }
         let store = Slow::new(false);
         let export = LazyExport::local_on("slow", store.clone(), false).unwrap();
@@ -329,7 +326,7 @@ mod tests {
         export.gate().set(GateMode::Closed).await;
         store.open();
         for (_, read) in late {
-            assert_eq!(read.await.unwrap(), Err(Errno::ESHUTDOWN));
+            assert_eq!(read.await.unwrap().err(), Some(Errno::ESHUTDOWN));
         }
     }
 }

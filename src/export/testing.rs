@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use nbd::export::{Answer, Export, Extent, ReadAnswer};
+use nbd::export::{Answer, Extent};
 use nbd::wire::Errno;
 use tokio::sync::{Semaphore, watch};
 
@@ -123,6 +123,10 @@ impl Connection for Wire {
 
     fn has_context(&self, name: &str) -> bool {
         self.source.contexts.contains_key(name)
+    }
+
+    fn gives_pages(&self) -> bool {
+        true
     }
 
     fn read(&self, offset: u64, length: u32, done: ReadDone) {
@@ -250,11 +254,7 @@ pub(super) async fn done<T>(answer: Answer<T>) -> Result<T, Errno> {
 
 pub(super) async fn read(export: &LazyExport, offset: u64, length: usize) -> Result<Vec<u8>, Errno> {
     let mut buffer = vec![0; length];
-    match export.read(offset, &mut buffer) {
-        ReadAnswer::Now(result) => result.map(|()| buffer),
-        ReadAnswer::Sparse(_) => Ok(buffer),
-        ReadAnswer::Later(future) => future.await.map(Vec::from),
-    }
+    nbd::export::read(export, offset, &mut buffer).await.map(|()| buffer)
 }
 
 /// Waits for a condition that must become true soon.

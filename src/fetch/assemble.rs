@@ -24,6 +24,11 @@ impl Fetched {
         self.pieces.extend(other.pieces);
     }
 
+    /// All of it is in the store.
+    pub fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
     /// The blocks of a range that no reply brought.
     pub(super) fn not_brought(&self, range: BlockRange) -> Vec<BlockRange> {
         let brought: Vec<BlockRange> = self.pieces.iter().map(|(blocks, _)| *blocks).collect();

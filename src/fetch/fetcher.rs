@@ -247,6 +247,11 @@ impl Fetcher {
         self.lock().paused.as_ref().map(|(_, why)| (why.to_string(), why.raw_os_error().unwrap_or(nix::libc::EIO)))
     }
 
+    /// Whether the store took no bytes when it was last tried.
+    pub(super) fn store_fails(&self) -> bool {
+        self.lock().paused.is_some()
+    }
+
     /// Ends when every block is present.
     pub async fn all_present(&self) {
         let notified = self.all_present.notified();

@@ -19,7 +19,7 @@ use super::fetcher::{Fetcher, Next};
 use super::landing::{Landing, Runway};
 use super::links::{Link, Links};
 use super::queue::{Cargo, Carrier, Class, Outgoing};
-use crate::limits::{REPLY_LOOK, REPLY_TIMEOUT, RETRY_MAX, RETRY_MIN};
+use crate::limits::{DEMAND_PAGES_MIN, REPLY_LOOK, REPLY_TIMEOUT, RETRY_MAX, RETRY_MIN};
 use crate::upstream::{Connection, LinkState, ReadError};
 
 pub(crate) use super::fetcher::LaneKind;
@@ -202,8 +202,9 @@ impl Carriage {
             self.made_progress(sent);
         }
         let bytes = self.bytes_of(&flight);
+        let expected = bytes.len();
         let carriage = self.clone();
-        if flight.class == Class::Background {
+        if flight.class == Class::Background || self.goes_by_the_store(expected) {
             let runway = Runway::new(self.fetcher.clone(), flight, self.carrier);
             let sink = Box::new(Landing(runway.clone()));
             let done = move |result: Result<(), ReadError>| {
@@ -213,7 +214,6 @@ impl Carriage {
             };
             return self.connection.read_to(bytes.start, bytes.len() as u32, sink, Box::new(done));
         }
-        let expected = bytes.len();
         let done = move |result: Result<Bytes, ReadError>| {
             let result = result.and_then(|bytes| match bytes.len() as u64 == expected {
                 true => Ok(bytes),
@@ -222,6 +222,13 @@ impl Carriage {
             carriage.answered(&flight, sent, result, |fetcher, bytes, took| fetcher.land(&flight, Some(bytes), took));
         };
         self.connection.read(bytes.start, bytes.len() as u32, Box::new(done));
+    }
+
+    /// Whether the readers of so many bytes take them from the store: as pages, from one socket through the page cache to
+    /// the other, they are copied once in place of three times. Not where the store takes nothing, for who reads needs no
+    /// room in it.
+    fn goes_by_the_store(&self, length: u64) -> bool {
+        length >= DEMAND_PAGES_MIN && self.connection.gives_pages() && !self.fetcher.store_fails()
     }
 
     /// On the connection's task.

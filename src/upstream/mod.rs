@@ -60,6 +60,10 @@ pub trait Connection: Send + Sync + 'static {
     /// Reads exactly `length` bytes. Does not wait; `done` is called on the connection's own task, which it must not hold
     /// up. It may never be called when the connection has ended.
     fn read(&self, offset: u64, length: u32, done: ReadDone);
+    /// Whether a sink would be given pages, which are not copied on their way.
+    fn gives_pages(&self) -> bool {
+        false
+    }
     /// The same into a sink, piece by piece as they come.
     fn read_to(&self, offset: u64, length: u32, sink: Box<dyn Sink>, done: StreamDone) {
         self.read_whole_to(offset, length, sink, done);

@@ -120,6 +120,10 @@ impl Connection for NbdConnection {
         self.client.read_then(offset, length as usize, |result| done(result.map_err(read_error)));
     }
 
+    fn gives_pages(&self) -> bool {
+        self.client.gives_pages()
+    }
+
     fn read_to(&self, offset: u64, length: u32, sink: Box<dyn Sink>, done: StreamDone) {
         if length > self.client.info().longest_request() {
             // A server of small requests: in pieces, put together.

@@ -61,6 +61,7 @@ pub struct Client {
     info: Arc<ClientInfo>,
     messages: mpsc::Sender<Message>,
     fate: Arc<Fate>,
+    gives_pages: bool,
 }
 
 impl Client {
@@ -124,8 +125,14 @@ impl Client {
         let fate = Arc::new(Fate::default());
         let session = Session::new(&info);
         let session = if redial.is_some() { session.resending() } else { session };
+        let gives_pages = stream.socket().is_some();
         tokio::spawn(Driver::new(stream, session, receiver, fate.clone(), redial).run());
-        Client { info: Arc::new(info), messages: sender, fate }
+        Client { info: Arc::new(info), messages: sender, fate, gives_pages }
+    }
+
+    /// Whether a [`Sink`] that takes pages will get most of its content in them: the stream is a socket, without TLS.
+    pub fn gives_pages(&self) -> bool {
+        self.gives_pages
     }
 
     /// What was negotiated.

@@ -29,7 +29,7 @@ use super::patience::Patience;
 use super::pieces::PiecedWrite;
 use super::splice::Pipe;
 use super::{Draining, Ended, ServeOptions, ServerError};
-use crate::export::{Answer, Export, ReadAnswer, Spliced, ZeroMode};
+use crate::export::{Answer, Export, LateRead, ReadAnswer, Spliced, ZeroMode};
 use crate::limits::{
     MAX_BYTES_IN_FLIGHT, MAX_REQUESTS_IN_FLIGHT, MAX_STATUS_EXTENTS, OUTPUT_HIGH_WATER, SPLICE_READ_MIN,
     UNCOUNTED_BYTES,
@@ -157,6 +157,10 @@ impl<S: ClientEnd> Connection<S> {
             let more = if self.phase == Phase::Finishing { false } else { self.take_requests(cx)? };
             while let Poll::Ready(Some((request, done))) = self.in_flight.poll_next_unpin(cx) {
                 self.finish(&request, done);
+                if self.output.has_elsewhere() {
+                    // So that the pipe is free for the next one.
+                    let _ = self.poll_send(cx)?;
+                }
             }
             let sent = self.poll_send(cx)?;
             let (requests, bytes) = self.held();
@@ -305,7 +309,8 @@ impl<S: ClientEnd> Connection<S> {
 
     /// Answers a large READ with pages, where that is possible.
     fn splice(&mut self, request: &Request) -> bool {
-        if request.length < u64::from(SPLICE_READ_MIN) || self.stream.socket().is_none() {
+        let is_busy = self.output.has_elsewhere();
+        if is_busy || request.length < u64::from(SPLICE_READ_MIN) || self.stream.socket().is_none() {
             return false;
         }
         if self.pipe.is_none() {
@@ -426,11 +431,12 @@ impl<S: ClientEnd> Connection<S> {
         self.bytes_in_flight -= cost(request);
         match done {
             Done::Plain(result) => self.answer(request, result),
-            Done::Read(Ok(data)) if data.len() as u64 == request.length => {
+            Done::Read(Ok(LateRead::AtHand)) => self.read(request),
+            Done::Read(Ok(LateRead::Bytes(data))) if data.len() as u64 == request.length => {
                 self.output.extend(&reply::read_done(self.rules.framing, request));
                 self.output.push(data);
             }
-            Done::Read(Ok(data)) => {
+            Done::Read(Ok(LateRead::Bytes(data))) => {
                 tracing::error!(
                     asked = request.length,
                     got = data.len(),

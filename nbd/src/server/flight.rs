@@ -4,10 +4,9 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::Bytes;
 use futures::future::BoxFuture;
 
-use crate::export::Extent;
+use crate::export::{Extent, LateRead};
 use crate::wire::{Errno, Request};
 
 /// The extents of each context, by the context's id.
@@ -18,7 +17,7 @@ pub(super) enum Work {
     /// A request without data in its answer.
     Plain(BoxFuture<'static, Result<(), Errno>>),
     /// A READ.
-    Read(BoxFuture<'static, Result<Bytes, Errno>>),
+    Read(BoxFuture<'static, Result<LateRead, Errno>>),
     /// A BLOCK_STATUS.
     Status(BoxFuture<'static, Result<Status, Errno>>),
 }
@@ -26,7 +25,7 @@ pub(super) enum Work {
 /// What it came to.
 pub(super) enum Done {
     Plain(Result<(), Errno>),
-    Read(Result<Bytes, Errno>),
+    Read(Result<LateRead, Errno>),
     Status(Result<Status, Errno>),
 }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, ZeroMode};
+use nbd::export::{Answer, Export, ExportInfo, Extent, LateRead, ReadAnswer, ZeroMode};
 use nbd::memory::{MemoryDisk, SingleExport};
 use nbd::proto::client::{Goal, Negotiated, Negotiation, Outcome, Plan};
 use nbd::server::{Ended, ServeOptions, ServerError, serve_connection};
@@ -102,11 +102,8 @@ impl Export for Probe {
             Verdict::After(gate) => ReadAnswer::Later(Box::pin(async move {
                 gate.cancelled_owned().await;
                 let mut bytes = vec![0; length];
-                match disk.read(offset, &mut bytes) {
-                    ReadAnswer::Now(result) => result.map(|()| Bytes::from(bytes)),
-                    ReadAnswer::Sparse(_) => Ok(Bytes::from(bytes)),
-                    ReadAnswer::Later(work) => work.await,
-                }
+                nbd::export::read(disk.as_ref(), offset, &mut bytes).await?;
+                Ok(LateRead::Bytes(bytes.into()))
             })),
             Verdict::FailAfter(gate, error) => ReadAnswer::Later(Box::pin(async move {
                 gate.cancelled_owned().await;

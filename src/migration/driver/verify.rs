@@ -6,7 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use nbd::export::{Answer, Export, ReadAnswer};
+use nbd::export::{Answer, Export};
 
 use crate::control::api::VerifyReport;
 use crate::error::{Failure, Outcome};
@@ -181,14 +181,10 @@ pub(crate) async fn checksums(export: &LazyExport, first: u64, count: u64) -> Ou
     for block in first..first + count {
         let range = block_size.bytes_of(BlockRange::new(BlockIndex(block), BlockIndex(block + 1)), export.size());
         let buffer = &mut buffer[..range.len() as usize];
-        let read = match export.read(range.start, buffer) {
-            ReadAnswer::Now(read) => read.map(|()| blake3::hash(buffer)),
-            ReadAnswer::Sparse(_) => Ok(blake3::hash(buffer)),
-            ReadAnswer::Later(bytes) => bytes.await.map(|bytes| blake3::hash(&bytes)),
-        };
-        let hash = read
+        nbd::export::read(export, range.start, buffer)
+            .await
             .map_err(|errno| Failure::failed(format!("cannot read {} at {}: {errno}", export.name(), range.start)))?;
-        digests.push_str(&hash.to_hex().as_str()[..DIGITS]);
+        digests.push_str(&blake3::hash(buffer).to_hex().as_str()[..DIGITS]);
         if block % 64 == 0 {
             tokio::task::yield_now().await;
         }
