@@ -34,8 +34,12 @@ pub const BACKGROUND_PIECE_TIME: Duration = Duration::from_millis(4);
 /// How long the background pull goes on keeping out of the way after a demand fetch.
 pub const DEMAND_REST: Duration = Duration::from_millis(5);
 
+/// The turns on a processor that the thread of an export asks for: the kernel's shortest.
+pub const SHORT_TURN: Duration = Duration::from_micros(100);
+
 /// A demand fetch of so many bytes goes to the store as pages, and from there to who waits for it.
 pub const DEMAND_PAGES_MIN: u64 = 256 << 10;
+
 /// Bytes of demand fetches in flight.
 pub const DEMAND_WINDOW: u64 = 64 << 20;
 

@@ -7,19 +7,23 @@
 //! Where one request follows the other, what takes the time is that threads fall asleep and are woken on another processor.
 //! So before this one sleeps it lets others have its processor once: a client or a source that was only waiting for it
 //! runs at once, and mostly there is something to do again when it comes back. Where nobody waits, it costs one system call a
-//! sleep.
+//! sleep. And it asks the kernel for short turns, so that it need not wait for the end of a long one of somebody else's.
 
 use std::future::{Future, pending};
 use std::io;
+use std::mem::MaybeUninit;
 use std::panic::resume_unwind;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
+use nix::errno::Errno;
+use nix::libc::{SCHED_OTHER, SYS_sched_getattr, SYS_sched_setattr, c_uint, sched_attr, syscall};
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::limits::SHORT_TURN;
 use crate::pull::PullState;
 
 /// Ends with the last reference to it; what still runs there is dropped.
@@ -50,6 +54,9 @@ impl Home {
         let end = CancellationToken::new();
         let ended = end.clone();
         thread::Builder::new().name(format!("disk {name}")).spawn(move || {
+            if let Err(errno) = take_short_turns() {
+                tracing::debug!("the kernel gives no short turns: {errno}");
+            }
             runtime.block_on(ended.cancelled());
             // Blocking file work that nobody waits for must not keep the thread.
             runtime.shutdown_background();
@@ -80,6 +87,35 @@ impl Home {
             },
         }
     }
+}
+
+/// Has the kernel (from 6.12 on; an older one does not mind) let this thread in before others that are in the middle of a
+/// longer turn, for turns that are as short. It gets no more of a processor for it than before.
+fn take_short_turns() -> Result<(), Errno> {
+    let mut scheduling = scheduling()?;
+    if i64::from(scheduling.sched_policy) != i64::from(SCHED_OTHER) {
+        // Somebody has decided otherwise.
+        return Ok(());
+    }
+    scheduling.sched_runtime = SHORT_TURN.as_nanos() as u64;
+    set_scheduling(&scheduling)
+}
+
+/// Of this thread.
+#[allow(unsafe_code)]
+fn scheduling() -> Result<sched_attr, Errno> {
+    let size = size_of::<sched_attr>() as c_uint;
+    let mut found = MaybeUninit::<sched_attr>::zeroed();
+    // SAFETY: the kernel writes at most `size` bytes to where so many are; plain numbers, of which all values are valid.
+    Errno::result(unsafe { syscall(SYS_sched_getattr, 0, found.as_mut_ptr(), size, 0) })?;
+    // SAFETY: zeroes are valid, and so is what the kernel wrote.
+    Ok(unsafe { found.assume_init() })
+}
+
+#[allow(unsafe_code)]
+fn set_scheduling(wanted: &sched_attr) -> Result<(), Errno> {
+    // SAFETY: the kernel reads what the reference refers to, whose size stands in it.
+    Errno::result(unsafe { syscall(SYS_sched_setattr, 0, std::ptr::from_ref(wanted), 0) }).map(drop)
 }
 
 fn may_give_way(pull: &OnceLock<watch::Receiver<PullState>>) -> bool {
@@ -155,6 +191,15 @@ mod tests {
         assert_ne!(first, here);
         assert_eq!(first, second);
         assert_eq!(name.as_deref(), Some("disk web"));
+    }
+
+    #[tokio::test]
+    async fn its_turns_are_short() {
+        let home = Home::new("web").unwrap();
+        let (its, ours) = (home.run(async { scheduling() }).await.unwrap(), scheduling().unwrap());
+        // A kernel that does not know of turns says nothing of any.
+        let expected = if ours.sched_runtime == 0 { 0 } else { SHORT_TURN.as_nanos() as u64 };
+        assert_eq!((its.sched_runtime, its.sched_nice), (expected, ours.sched_nice));
     }
 
     #[tokio::test]
