@@ -37,6 +37,8 @@ pub use status::DataStatus;
 pub use crate::pull::PullState;
 
 #[cfg(test)]
+mod large_read_tests;
+#[cfg(test)]
 mod returning_tests;
 #[cfg(test)]
 mod testing;
