@@ -126,7 +126,8 @@ fn make(names: &[String], ca: Option<&Path>) -> Outcome<Vec<(&'static str, Strin
         if let Some(name) = names.iter().find(|name| name.len() <= MAX_COMMON_NAME) {
             params.distinguished_name.push(DnType::CommonName, name.as_str());
         }
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        // No key usage: QEMU takes a certificate that names some only if keyEncipherment is among them, which must not be
+        // there for a key of an elliptic curve (RFC 8813, section 3).
         params.extended_key_usages = vec![purpose];
         params.use_authority_key_identifier_extension = true;
         (params.not_before, params.not_after) = (now - BACKDATED, now + Duration::days(DAYS));

@@ -15,7 +15,7 @@ use lazy_migrate::peer::{PREAMBLE_MESSAGES, Request, Subject, images};
 use lazy_migrate::upstream::Upstream;
 
 use crate::pair::{MIB, Wire};
-use crate::support::{Node, PATIENCE, Said, free_port, hash, program, random_image, run};
+use crate::support::{Background, Node, PATIENCE, Said, free_port, hash, program, random_image, run, wait_for};
 
 const SIZE: u64 = 16 * MIB;
 
@@ -276,6 +276,40 @@ fn a_certificate_gives_the_exports_that_are_named_and_no_others() {
     }
     let refused = other.fails(1, &["pull", "three", "--from", &format!("nbd://localhost:{port}/web")]);
     assert!(refused.contains("nbds://"), "{refused}");
+}
+
+#[test]
+fn qemu_uses_the_same_certificates_on_either_side() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let ours = certificates(&path("node"), "localhost", None);
+    let qemu = certificates(&path("qemu"), "localhost", Some(&ours));
+    let image = path("web.img");
+    random_image(&image, MIB, 4);
+    let (ours, image_path) = (ours.to_str().unwrap(), image.to_str().unwrap());
+    let credentials = |end: &str| format!("tls-creds-x509,id=tls,endpoint={end},dir={}", qemu.display());
+
+    let (port, disk) = (free_port(), format!("web={image_path}"));
+    let everywhere = format!("0.0.0.0:{port}");
+    let node = Node::start(
+        path("state"),
+        &["--nbd", &everywhere, "--tls", ours, "--allow-client", "localhost", "--disk", &disk],
+    );
+    let from = format!("driver=nbd,host=localhost,port={port},export=web,tls-creds=tls");
+    let copy = path("copy");
+    let convert = ["convert", "--object", &credentials("client"), "--image-opts", &from, "-O", "raw"];
+    run("qemu-img", "qemu-utils", &[&convert[..], &[copy.to_str().unwrap()]].concat());
+    assert_eq!(hash(&copy), hash(&image));
+
+    let port = free_port();
+    let (object, number) = (credentials("server"), port.to_string());
+    let serve = ["--object", &object, "--tls-creds", "tls", "--port", &number, "--export-name", "web", "--read-only"];
+    let _qemu =
+        Background::start("qemu-nbd", "qemu-utils", &[&serve[..], &["--format=raw", "-t", image_path]].concat());
+    wait_for("qemu-nbd", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    node.cli(&["pull", "back", "--from", &format!("nbds://localhost:{port}/web")]);
+    node.cli(&["wait", "back", "--timeout", "30s"]);
+    assert_eq!(hash(&path("state/state/disks/back/disk.img")), hash(&image));
 }
 
 #[test]
