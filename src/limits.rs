@@ -37,6 +37,11 @@ pub const DEMAND_REST: Duration = Duration::from_millis(5);
 /// The turns on a processor that the thread of an export asks for: the kernel's shortest.
 pub const SHORT_TURN: Duration = Duration::from_micros(100);
 
+/// When something that a client waits for has been in the air for so long, and for two delays of the link more, the
+/// background pull sends nothing until it is here: TCP does not try for much less than this again after a loss, and then
+/// ever more rarely, while the pull goes on filling the path.
+pub const DEMAND_STALL: Duration = Duration::from_millis(200);
+
 /// A demand fetch of so many bytes goes to the store as pages, and from there to who waits for it.
 pub const DEMAND_PAGES_MIN: u64 = 256 << 10;
 

@@ -384,6 +384,9 @@ impl Fetcher {
         if state.backlog.is_full() {
             return Next::Wait(None);
         }
+        if state.queue.longest_in_the_air(now) > state.window.patience() {
+            return Next::Wait(Some(now + DEMAND_REST));
+        }
         // While clients fetch, one connection pulls: the other's thread is theirs.
         let is_spare = lane > 0 && room.piece < MAX_FETCH;
         if is_spare || (flying > 0 && flying + room.piece > room.window) {

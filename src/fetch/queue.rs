@@ -111,6 +111,7 @@ struct Flight {
     class: Class,
     cargo: Cargo,
     state: State,
+    sent: Duration,
     /// Blocks that a local write took away.
     lost: Vec<BlockRange>,
     /// Those of them that somebody wants, because the write has failed: they count again when the flight is sent anew.
@@ -195,6 +196,7 @@ impl FetchQueue {
                     continue;
                 }
                 flight.state = State::Sent(carrier);
+                flight.sent = now;
                 self.in_flight[*class as usize] += flight.range.len();
                 return Some(Outgoing { id, range: flight.range, cargo: flight.cargo, class: *class });
             }
@@ -382,6 +384,13 @@ impl FetchQueue {
         self.in_flight[class as usize]
     }
 
+    /// How long the flight has been in the air that was sent first of those that somebody waits for.
+    pub fn longest_in_the_air(&self, now: Duration) -> Duration {
+        let flies = |flight: &Flight| matches!(flight.state, State::Sent(_) | State::Writing { .. });
+        let wanted = self.flights.values().filter(|flight| flies(flight) && !flight.tickets.is_empty());
+        wanted.map(|flight| now - flight.sent.min(now)).max().unwrap_or_default()
+    }
+
     /// Nothing waits, flies or lands.
     pub fn is_idle(&self) -> bool {
         self.flights.is_empty()
@@ -437,6 +446,7 @@ impl FetchQueue {
                 class,
                 cargo,
                 state: State::Waiting { not_before: Duration::ZERO },
+                sent: Duration::ZERO,
                 lost: Vec::new(),
                 again: Vec::new(),
                 tickets: Vec::new(),
@@ -480,6 +490,7 @@ impl FetchQueue {
                 class,
                 cargo: whole.cargo,
                 state: State::Waiting { not_before: Duration::ZERO },
+                sent: Duration::ZERO,
                 lost,
                 again: Vec::new(),
                 tickets: Vec::new(),

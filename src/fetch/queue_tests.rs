@@ -42,6 +42,24 @@ fn sixty_four_readers_of_one_block_make_one_flight() {
 }
 
 #[test]
+fn how_long_something_was_waited_for_is_counted_from_when_it_was_sent() {
+    let (mut queue, ms) = (FetchQueue::new(256), Duration::from_millis(1));
+    queue.background(&[run(0, 4)], Cargo::Bytes);
+    let pulled = queue.poll(Class::Background, LINE, ms).unwrap();
+    assert_eq!(queue.longest_in_the_air(ms * 50), Duration::ZERO, "nobody waits for it");
+    queue.request(&[run(3, 4), run(9, 10)], Class::Demand).unwrap();
+    assert_eq!(queue.longest_in_the_air(ms * 50), ms * 49);
+    let asked = queue.poll(Class::Demand, LINE, ms * 50).unwrap();
+    queue.arrived(pulled.id);
+    queue.landed(pulled.id);
+    assert_eq!(queue.longest_in_the_air(ms * 60), ms * 10);
+    queue.failed(asked.id, ms * 60);
+    assert_eq!(queue.longest_in_the_air(ms * 70), Duration::ZERO, "it pauses");
+    let again = queue.poll(Class::Demand, LINE, ms * 5000).map(|sent| sent.id);
+    assert_eq!((again, queue.longest_in_the_air(ms * 5001)), (Some(asked.id), ms));
+}
+
+#[test]
 fn only_the_rest_of_a_range_in_flight_is_sent_and_all_of_it_is_waited_for() {
     let mut queue = FetchQueue::new(256);
     queue.request(&[run(4, 6)], Class::Demand).unwrap();

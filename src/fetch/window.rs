@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use crate::limits::{
-    BACKGROUND_PIECE_MAX, BACKGROUND_PIECE_MIN, BACKGROUND_PIECE_TIME, BACKGROUND_QUEUE_DELAY, BACKGROUND_WINDOW_MAX,
-    BACKGROUND_WINDOW_MIN, BACKGROUND_WINDOW_START, DEMAND_REST, MAX_FETCH,
+    BACKGROUND_CONNECTIONS, BACKGROUND_PIECE_MAX, BACKGROUND_PIECE_MIN, BACKGROUND_PIECE_TIME, BACKGROUND_QUEUE_DELAY,
+    BACKGROUND_WINDOW_MAX, BACKGROUND_WINDOW_MIN, BACKGROUND_WINDOW_START, DEMAND_REST, DEMAND_STALL, MAX_FETCH,
 };
 
 /// How often the path is measured anew.
@@ -32,6 +32,8 @@ pub struct Window {
     /// When to measure again, once something was answered.
     probe_at: Option<Duration>,
     alone: Option<Duration>,
+    /// How many bytes had passed the link when the answer came from which that is known, itself included.
+    passed: u64,
     shrunk_at: Option<Duration>,
     /// Bytes that came since then.
     counted: u64,
@@ -60,6 +62,8 @@ impl Default for Window {
             probing: None,
             probe_at: None,
             alone: None,
+            // Before the first measurement there is one from each connection.
+            passed: BACKGROUND_CONNECTIONS as u64 * MAX_FETCH,
             shrunk_at: None,
             counted: 0,
             counted_since: Duration::ZERO,
@@ -97,7 +101,8 @@ impl Window {
         }
         if let Some(since) = self.probing {
             if sent >= since {
-                (self.probing, self.probe_at, self.alone) = (None, Some(now + PROBE_EVERY), Some(took));
+                (self.probing, self.probe_at) = (None, Some(now + PROBE_EVERY));
+                (self.alone, self.passed) = (Some(took), bytes);
             }
             return;
         }
@@ -128,17 +133,23 @@ impl Window {
         }
     }
 
+    /// A fetch that has had no answer for so long does not get through: the path drops it, for the pull has filled it.
+    pub fn patience(&self) -> Duration {
+        let delay = if self.rate > 0.0 { self.held_by_the_link() as f64 / self.rate } else { 0.0 };
+        DEMAND_STALL + 2 * Duration::from_secs_f64(delay)
+    }
+
     /// Short enough to be no obstacle.
     fn piece(&self) -> u64 {
         let carried = (self.rate * BACKGROUND_PIECE_TIME.as_secs_f64()) as u64;
         if carried == 0 { BACKGROUND_PIECE_MAX } else { carried.clamp(BACKGROUND_PIECE_MIN, BACKGROUND_PIECE_MAX) }
     }
 
-    /// Bytes that are on their way when nothing queues: rate times delay, the delay without the time that a request takes
-    /// to pass.
+    /// Bytes that are on their way when nothing queues: rate times delay, the delay without the time that the bytes took to
+    /// pass by which it was measured.
     fn held_by_the_link(&self) -> u64 {
         let alone = self.alone.unwrap_or_default().as_secs_f64();
-        (self.rate * alone - MAX_FETCH as f64).max(0.0) as u64
+        (self.rate * alone - self.passed as f64).max(0.0) as u64
     }
 }
 
@@ -188,6 +199,19 @@ mod tests {
     fn a_long_link_is_full_after_a_few_rounds() {
         let (window, _) = settle(900 << 10, MS * 10, MS * 36);
         assert!(window >= 12 << 20, "{window}");
+    }
+
+    /// Two requests over each of two connections, which share a link of a megabyte a second: the first answers say what the
+    /// link holds, which is nothing, although each of them took long.
+    #[test]
+    fn a_slow_link_is_known_by_its_first_answers() {
+        let mut window = Window::default();
+        for (at, took) in [(2100, 2100), (2110, 2110), (4200, 4200), (4210, 4210)] {
+            window.answered(MS * at, MS * took, MAX_FETCH);
+        }
+        let under_demand = window.room(MS * 4211, true);
+        assert!(under_demand.window <= 256 << 10, "a fetch waits a second behind a mebibyte: {under_demand:?}");
+        assert!(window.patience() < DEMAND_STALL + MS * 200, "{:?}", window.patience());
     }
 
     #[test]
