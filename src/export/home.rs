@@ -93,7 +93,7 @@ impl Home {
 /// longer turn, for turns that are as short. It gets no more of a processor for it than before.
 fn take_short_turns() -> Result<(), Errno> {
     let mut scheduling = scheduling()?;
-    if i64::from(scheduling.sched_policy) != i64::from(SCHED_OTHER) {
+    if scheduling.sched_policy != SCHED_OTHER as u32 {
         // Somebody has decided otherwise.
         return Ok(());
     }

@@ -3,13 +3,8 @@
 use bytes::Bytes;
 use nbd::export::Export;
 
-use super::ExportConfig;
-use super::testing::{Lab, Source, done, eventually, read};
+use super::testing::{Lab, Source, done, eventually, quiet, read};
 use crate::limits::DEMAND_PAGES_MIN;
-
-fn quiet(config: &mut ExportConfig) {
-    config.background = false;
-}
 
 #[tokio::test]
 async fn a_large_read_comes_by_the_store_and_needs_no_room_in_it() {

@@ -213,9 +213,14 @@ impl Lab {
         // Gone already where a sync has failed.
         let _ = std::fs::remove_file(directory.path().join("map.live"));
         let store = Arc::new(FaultyStore::from_bytes(store.after_power_loss()));
-        let export = open(&directory, &source, store.clone(), |config| config.background = false).await;
+        let export = open(&directory, &source, store.clone(), quiet).await;
         Lab { directory, source, store, export }
     }
+}
+
+/// Only what is asked for is fetched.
+pub(super) fn quiet(config: &mut ExportConfig) {
+    config.background = false;
 }
 
 /// The tasks of a process end with it: none may go on beside the next one.

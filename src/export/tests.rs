@@ -9,17 +9,13 @@ use nbd::export::{Export, Extent, STATE_HOLE, STATE_ZERO, ZeroMode};
 use nbd::wire::Errno;
 use proptest::prelude::*;
 
-use super::testing::{Lab, Source, done, eventually, read, unlocked};
+use super::testing::{Lab, Source, done, eventually, quiet, read, unlocked};
 use super::{ExportConfig, ExportError, GateMode, LazyExport, PullState};
 use crate::limits::REGION;
 use crate::store::{MapError, MemoryStore};
 use crate::upstream::LinkState;
 
 const SIZE: usize = 10 * 4096 + 1234;
-
-fn quiet(config: &mut ExportConfig) {
-    config.background = false;
-}
 
 async fn complete(export: &LazyExport) {
     let mut state = export.complete();
