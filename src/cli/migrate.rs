@@ -201,6 +201,10 @@ fn nothing_to_take_back(report: &RollbackReport) -> Option<String> {
         Some(format!("there is no way back, it is the destination's for good: migrate it back from {}", report.peer))
     } else if phase(SourcePhase::Preparing) || phase(SourcePhase::Frozen) {
         Some(format!("nothing was handed over yet: `lazy-migrate cancel {name}` ends the migration"))
+    } else if let Some(id) = &report.container {
+        Some(format!(
+            "it is this host's already, but container {id} does not go on: `lazy-migrate rollback {name}` tries again"
+        ))
     } else {
         Some("it is this host's already".into())
     }

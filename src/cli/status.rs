@@ -110,6 +110,9 @@ fn describe(status: &DiskStatus) -> String {
     if let Some(device) = &status.device {
         text += &format!(", on {}", device.display());
     }
+    if let Some(stuck) = status.stuck() {
+        text += &format!(", {stuck}");
+    }
     if let Some(paused) = &status.paused {
         text += &format!(", PAUSED: {paused}");
     }

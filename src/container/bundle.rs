@@ -10,6 +10,8 @@ use super::{Cgroup, Error, absolute, private_dir};
 
 /// The largest `config.json` that is read, in bytes.
 const CONFIG_LIMIT: u64 = 4 << 20;
+/// The annotation of a derived bundle that names the operator's one.
+const MADE_FROM: &str = "lazy-migrate.bundle";
 
 /// An operator's bundle, read and checked.
 #[derive(Clone, Debug)]
@@ -53,6 +55,14 @@ impl Bundle {
         let mut config = Map::new();
         set(&mut config, "linux", "namespaces", json!(namespaces));
         Self { dir: source.to_owned(), config, rootfs: rootfs.to_owned() }
+    }
+
+    /// The operator's bundle of a container that was restored from a derived one, which does not outlive the container;
+    /// otherwise `dir` itself.
+    pub fn origin(dir: &Path) -> PathBuf {
+        let derived = Self::read(dir).ok();
+        let origin = derived.as_ref().and_then(|bundle| bundle.config.get("annotations")?[MADE_FROM].as_str());
+        origin.map_or_else(|| dir.to_owned(), PathBuf::from)
     }
 
     /// The directory of the `config.json`.
@@ -126,6 +136,7 @@ impl Bundle {
         // runc's own view must be the same group, or it pauses and limits an empty one.
         set(&mut config, "linux", "cgroupsPath", json!(cgroup.path()));
         set(&mut config, "annotations", "org.criu.config", json!(criu_conf));
+        set(&mut config, "annotations", MADE_FROM, json!(self.dir));
         let mut conf = format!("cgroup-root {}\n", cgroup.path());
         if tcp_established {
             conf.push_str("tcp-established\n");
@@ -218,6 +229,7 @@ mod tests {
         assert_eq!(config["root"], json!({"path": dir.path().join("rootfs"), "readonly": true}));
         assert_eq!((&config["hostname"], &config["annotations"]["mine"]), (&json!("web"), &json!("1")));
         assert_eq!(config["annotations"]["org.criu.config"], json!(derived.join("criu.conf")));
+        assert_eq!((Bundle::origin(&derived), Bundle::origin(&dir)), (dir.path().to_owned(), dir.path().to_owned()));
         assert_eq!(config["linux"], json!({"cgroupsPath": "/lm/web", "resources": {"pids": {"limit": 9}}}));
         let sources: Vec<_> = config["mounts"].as_array().unwrap().iter().map(|m| m["source"].clone()).collect();
         assert_eq!(sources, [json!("proc"), json!(dir.path().join("data")), json!("/abs")]);

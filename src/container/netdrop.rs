@@ -15,6 +15,10 @@ use super::{Error, Inspected, command::Call};
 /// How long one call of `nft` may take.
 const LIMIT: Duration = Duration::from_secs(20);
 
+/// How long the sockets of killed tasks are waited for. With one try left they last about as long again as they have been
+/// dead, and at most 100 s.
+const DEAD_LIMIT: Duration = Duration::from_secs(60);
+
 /// One table of rules in one network namespace. All operations may be repeated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetDrop {
@@ -82,6 +86,17 @@ impl NetDrop {
         call.run_ok().await.map(drop)
     }
 
+    /// Waits until the sockets of killed tasks have given up: their connections cannot be restored before. The rules must
+    /// be in force, so that nobody hears their goodbye. A connection that is left after the limit is criu's to report.
+    pub async fn outlast_the_dead(&self) -> Result<(), Error> {
+        let call = inside_for(&self.netns, "wait for the sockets of killed tasks in", DEAD_LIMIT + LIMIT);
+        call.args(["sh", "-c", OUTLAST])
+            .also_environment("SECONDS_AT_MOST", DEAD_LIMIT.as_secs().to_string())
+            .run_ok()
+            .await
+            .map(drop)
+    }
+
     /// Whether the rules are in force.
     pub async fn is_installed(&self) -> Result<bool, Error> {
         if !self.exists()? {
@@ -120,6 +135,12 @@ const LIFT: &str = "if command -v nft >/dev/null && ! nft list chains | grep -qw
     $t -w 5 -F CRIU && $t -w 5 -X CRIU || exit 1; \
     done";
 
+/// Sockets that nobody owns and that still wait for an answer to their goodbye have one more try, in place of eight.
+const OUTLAST: &str = "left() { ss -Htne state fin-wait-1 state closing state last-ack | grep -q 'ino:0 '; }; \
+    left || exit 0; tries=/proc/sys/net/ipv4/tcp_orphan_retries; before=$(cat $tries); \
+    trap 'echo $before >$tries' EXIT; echo 1 >$tries; \
+    n=0; while left && [ $n -lt $((SECONDS_AT_MOST * 10)) ]; do sleep 0.1; n=$((n + 1)); done";
+
 /// Makes sure that no lock of criu's is in force in a network namespace. No criu may be at work there.
 pub(crate) async fn lift_criu_lock(netns: &Path) -> Result<(), Error> {
     if !netns.try_exists().map_err(Error::io("look at", netns))? || same_namespace(netns)? {
@@ -131,10 +152,14 @@ pub(crate) async fn lift_criu_lock(netns: &Path) -> Result<(), Error> {
 
 /// A program that is run in a network namespace, and nowhere else: all its other namespaces stay ours.
 fn inside(netns: &Path, what: &str) -> Call {
+    inside_for(netns, what, LIMIT)
+}
+
+fn inside_for(netns: &Path, what: &str, limit: Duration) -> Call {
     let mut net = std::ffi::OsString::from("--net=");
     net.push(netns);
     let what = format!("{what} the network namespace {}", netns.display());
-    Call::new(Path::new("nsenter"), "util-linux", what, LIMIT).arg(net)
+    Call::new(Path::new("nsenter"), "util-linux", what, limit).arg(net)
 }
 
 /// Whether the namespace is the one that this process is in.

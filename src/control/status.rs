@@ -105,6 +105,12 @@ impl Filling {
 }
 
 impl DiskStatus {
+    /// What is to be said of a container that does not go on here, although its disk came back.
+    pub fn stuck(&self) -> Option<String> {
+        let id = self.container.as_ref().filter(|_| self.container_state == Some(ContainerState::Stuck))?;
+        Some(format!("container {id} DOES NOT GO ON: `lazy-migrate rollback {}` tries again", self.name))
+    }
+
     /// What a bar shows: the host where it fills.
     pub fn filling(&self) -> Filling {
         self.destination.unwrap_or(Filling {

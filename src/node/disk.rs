@@ -217,6 +217,10 @@ impl Disk {
                 if view.record.phase != SourcePhase::Serving {
                     status.peer = Some(view.record.peer.clone());
                     status.container = view.record.container.map(|container| container.id);
+                } else if let Some(failure) = view.stuck {
+                    status.container = view.record.container.map(|container| container.id);
+                    status.container_state = Some(ContainerState::Stuck);
+                    status.last_error = Some(failure.to_string());
                 }
                 status.frozen_ms = source.frozen_ms();
                 let theirs = view.progress;

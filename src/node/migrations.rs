@@ -146,8 +146,18 @@ impl Node {
                 }
                 // The destination gave it up between two askings, and it was taken back by itself.
                 Err(_) if was_handed_over && is_back(&source.view()) => {
-                    let settled = source.watch().wait_for(|view| view.settled).await.is_ok();
-                    if settled { break } else { return Err(Failure::unreachable("the node is shutting down")) }
+                    let mut watch = source.watch();
+                    let settled = watch
+                        .wait_for(|view| view.settled)
+                        .await
+                        .map_err(|_| Failure::unreachable("the node is shutting down"))?;
+                    match settled.stuck.clone() {
+                        None => break,
+                        Some(failure) => return Err(failure.context(name)),
+                    }
+                }
+                Err(failure) if is_back(&source.view()) && source.view().stuck.is_some() => {
+                    return Err(failure.context(name));
                 }
                 Err(failure) => return Err(failure.context(format!("{name} is not rolled back"))),
             }

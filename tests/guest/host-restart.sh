@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A whole host is restarted in the middle, so that the memory there is gone. A's: the rollback brings the container back
-# from its checkpoint, where it was frozen. B's: nothing starts by itself; the operator starts it from its disk.
+# from its checkpoint, where it was frozen; so it does when only the frozen tasks were killed, and one that fails is told and
+# tried again. B's: nothing starts by itself; the operator starts it from its disk.
 # tests/run: timeout=600 memory=3072 disk=8
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/stage.sh"
@@ -33,6 +34,32 @@ check_log "$log_a" || fail "A's log has a gap"
 wait_until 30 "the client gets no replies" client_lives
 wait_until 30 "B does not give up" is_phase b discarded
 nothing_on_b
+
+say "A's frozen tasks are killed, and its runtime fails when they are to come back"
+on b remove web >&2
+begin
+pid=$("$work/a/runc" state web | jq .pid)
+echo 1 >"/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$pid/cgroup")/cgroup.kill"
+cp "$work/a/runc" "$work/a/runc.right"
+cat >"$work/a/runc" <<R
+#!/bin/bash
+case " \$* " in *" restore "*) echo "no memory left" >&2; exit 1 ;; esac
+exec $work/a/runc.right "\$@"
+R
+refused 1 'does not go on; put right what follows, then .lazy-migrate rollback web. tries again: .*brought back from its checkpoint' \
+  on a rollback web --wait
+stop_process "$migrating"
+[ "$(on a status web --json | jq -r '.phase + " " + .container_state')" = "serving stuck" ] || fail "A is $(on a status web --json)"
+on a status web | grep -q 'container web DOES NOT GO ON' || fail "A says: $(on a status web)"
+on a rollback web --plan | grep -q 'already, but container web does not go on' || fail "planned: $(on a rollback web --plan)"
+refused 1 'brought back from its checkpoint' on a rollback web
+cp "$work/a/runc.right" "$work/a/runc"
+said=$(on a rollback web) || fail "it was not tried again"
+[[ $said == *"container web goes on" ]] || fail "rollback said: $said"
+goes_on "$log_a"
+check_log "$log_a" || fail "A's log has a gap"
+wait_until 30 "the client gets no replies" client_lives
+[ "$(on a status web --json | jq -c '[.phase, .container, .container_state]')" = '["serving",null,null]' ] || fail "A is $(on a status web --json)"
 
 say "B is restarted, and its container's memory is gone"
 on b remove web >&2

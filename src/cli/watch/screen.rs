@@ -295,6 +295,9 @@ fn waits(disk: &DiskStatus) -> Line {
 
 fn notes(disk: &DiskStatus) -> Line {
     let mut line = Line::default();
+    if let Some(stuck) = disk.stuck() {
+        line.put(Ink::Bad, format!("  {stuck}"));
+    }
     if let Some(paused) = &disk.paused {
         line.put(Ink::Bad, format!("  PAUSED: {paused}"));
     }

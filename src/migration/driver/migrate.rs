@@ -215,6 +215,9 @@ impl Run {
                         Ok(()) => Failure::failed(format!(
                             "the container could not be restored at the destination, and goes on here: {failure}"
                         )),
+                        Err(back) if self.world.source.view().stuck.is_some() => {
+                            back.context(format!("the container could not be restored at the destination ({failure})"))
+                        }
                         Err(back) => Failure::new(
                             back.kind,
                             format!(
@@ -244,7 +247,11 @@ impl Run {
             match view.record.phase {
                 SourcePhase::Released => return Ok(self.report(&view, frozen_ms)),
                 SourcePhase::HandedOver => {}
-                _ => return Err(Failure::failed("the migration was rolled back; the container goes on here")),
+                _ if !view.settled => {}
+                _ => {
+                    let container = view.stuck.map_or("the container goes on here".into(), |stuck| stuck.to_string());
+                    return Err(Failure::failed(format!("the migration was rolled back; {container}")));
+                }
             }
             tokio::select! {
                 changed = watch.changed() => changed.map_err(|_| Failure::unreachable("the node is shutting down"))?,

@@ -72,6 +72,8 @@ pub struct SourceView {
     pub safe_at: Option<BootTime>,
     /// When the granted lease ends.
     pub lease_ends: Option<BootTime>,
+    /// Why the container does not go on, although the disk is this host's again.
+    pub stuck: Option<Failure>,
     /// The last effect that went wrong.
     pub last_error: Option<String>,
 }
@@ -117,6 +119,7 @@ impl SourceHandle {
             heard_at: None,
             safe_at: None,
             lease_ends: None,
+            stuck: None,
             last_error: None,
         });
         let (peer, export) = (world.peer.clone(), world.export.clone());
@@ -304,6 +307,7 @@ fn publish_view(
             heard_at,
             safe_at: machine.lease().map(|lease| lease.safe_at()),
             lease_ends: machine.lease().map(|lease| lease.ends_at()),
+            stuck: machine.stuck().cloned(),
             last_error: last_error.clone(),
         }
     });
@@ -352,7 +356,11 @@ fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) 
                     tracing::error!(disk = world.disk, %failure, "the container does not go on");
                 }
                 SourceEvent::Thawed(thawed.map_err(|failure| {
-                    failure.context("the disk is this host's and read-write again, but its container does not go on")
+                    failure.context(format!(
+                        "the disk is this host's and read-write again, but its container does not go on; put right what \
+                         follows, then `lazy-migrate rollback {}` tries again",
+                        world.disk
+                    ))
                 }))
             }
             SourceEffect::ReleaseContainer => {

@@ -8,7 +8,7 @@ use super::{
     RESTORE_LIMIT, Runtimes, attach_mounted, failed, forget_rule, id, lock, open_network, remove_file, remove_tree,
     rename, source_owner, sync_tree, unmount,
 };
-use crate::container::{Cgroup, ContainerId, Error, NetDrop, RestoreSpec, Runtime, quiesce};
+use crate::container::{Bundle, Cgroup, ContainerId, Error, NetDrop, RestoreSpec, Runtime, quiesce};
 use crate::device::{DeviceSlot, mounts_of};
 use crate::error::{Failure, Outcome, chain};
 use crate::migration::record::SourceContainer;
@@ -86,7 +86,7 @@ impl SourceHold {
             mount: mount.clone(),
             netns: found.netns.clone(),
             tcp_established,
-            bundle: found.bundle.clone(),
+            bundle: Bundle::origin(&found.bundle),
         };
         Ok(Found { runtime, id, cgroup, record })
     }
@@ -163,6 +163,8 @@ impl SourceHold {
         };
         let restored = async {
             attach_mounted(&self.device, &container.mount).await?;
+            // Its tasks may have been killed while all was frozen.
+            quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
             let bundle = runtime.bundle(id, Some(container.bundle.clone())).await.map_err(|error| failed(&error))?;
             if let Some(drop) = self.net_drop(container) {
                 drop.install().await.map_err(|error| failed(&error))?;
@@ -170,6 +172,9 @@ impl SourceHold {
             if runtime.inspect(id).await.is_ok() {
                 // Only its name is left.
                 runtime.kill_and_delete(id).await.map_err(|error| failed(&error))?;
+            }
+            if let Some(drop) = self.net_drop(container) {
+                drop.outlast_the_dead().await.map_err(|error| failed(&error))?;
             }
             let spec = RestoreSpec {
                 bundle,

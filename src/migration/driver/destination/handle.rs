@@ -68,6 +68,8 @@ pub enum ContainerState {
     Starved,
     /// It ran here and does not any more: it has ended, or this host was restarted.
     Gone,
+    /// The disk came back to this host, and the container does not go on here: its thaw or its restore failed.
+    Stuck,
 }
 
 pub(super) enum Command {

@@ -6,7 +6,7 @@ use super::{failure, source_record};
 use crate::migration::lease::{Beat, Timings};
 use crate::migration::machine::{BeatAnswer, Denied, Grant, PeerWord, SourceEffect, SourceEvent, SourceMachine};
 use crate::migration::phase::{DestinationPhase, SourcePhase};
-use crate::migration::record::{LinkPolicy, OnLinkFailure, RollbackMode, SourceRecord};
+use crate::migration::record::{LinkPolicy, OnLinkFailure, RollbackMode, SourceContainer, SourceRecord};
 use crate::units::{BootTime, Epoch};
 
 const EPOCH: Epoch = Epoch(1);
@@ -446,6 +446,65 @@ fn a_command_lasts_until_its_answer_was_taken() {
     host.machine.handle(host.now, SourceEvent::Journaled(Ok(())));
     assert_eq!(host.effects(true), ["done", "release"]);
     assert!(!host.machine.is_busy());
+}
+
+#[test]
+fn a_container_that_does_not_go_on_is_told_kept_in_the_record_and_tried_again() {
+    let recorded = |host: &Host| host.machine.record().container.clone();
+    let mut host = Host::new();
+    host.does(SourceEvent::Prepare);
+    host.does(SourceEvent::PeerPrepared(PeerWord::Yes));
+    host.beats(3, DestinationPhase::Ready);
+    host.does(SourceEvent::Freezing(container()));
+    host.does(SourceEvent::HandOver);
+    host.does(SourceEvent::Sealed(Ok(None)));
+    host.does(SourceEvent::PeerTold(PeerWord::Yes));
+    host.does(rollback(false));
+    host.machine.handle(host.now, SourceEvent::PeerDiscard(PeerWord::Yes));
+    assert_eq!(until_thaw(&mut host), ["journal rolled-back 2", "unseal", "thaw"]);
+    assert_eq!(host.does(SourceEvent::Thawed(Err(failure("no memory")))), ["journal serving 2", "failed"]);
+    assert_eq!((host.machine.stuck().is_some(), recorded(&host)), (true, Some(container())));
+
+    // By the operator, without and with success; and by a restart of the node.
+    for again in [SourceEvent::Cancel, rollback(true)] {
+        host.machine.handle(host.now, again);
+        assert_eq!(until_thaw(&mut host), ["thaw"]);
+        assert_eq!(host.does(SourceEvent::Thawed(Err(failure("no memory")))), ["journal serving 2", "failed"]);
+    }
+    let mut restarted = SourceMachine::recover(host.machine.record().clone(), at(100));
+    assert_eq!(restarted.poll_effect(), Some(SourceEffect::Thaw));
+    host.machine.handle(host.now, rollback(false));
+    assert_eq!(until_thaw(&mut host), ["thaw"]);
+    host.machine.handle(host.now, SourceEvent::Thawed(Ok(())));
+    let Some(SourceEffect::Journal(record)) = host.machine.poll_effect() else { panic!("it is not recorded") };
+    assert_eq!((record.phase, record.container), (SourcePhase::Serving, None));
+    assert_eq!(host.effects(true), ["done"]);
+    assert_eq!((host.machine.stuck(), recorded(&host)), (None, None));
+    assert_eq!(host.does(rollback(false)), ["refused"], "nothing is to be taken back");
+}
+
+fn container() -> SourceContainer {
+    SourceContainer {
+        id: "web".into(),
+        runtime: "runc".into(),
+        mount: "/mnt/web".into(),
+        netns: None,
+        tcp_established: true,
+        bundle: "/bundles/web".into(),
+    }
+}
+
+/// Gives out effects up to the thaw, which is then being done; every record succeeds.
+fn until_thaw(host: &mut Host) -> Vec<String> {
+    let mut done = Vec::new();
+    while done.last().is_none_or(|last| last != "thaw") {
+        let effect = host.machine.poll_effect().expect("a thaw");
+        done.push(word(&effect));
+        if matches!(effect, SourceEffect::Journal(_)) {
+            host.machine.handle(host.now, SourceEvent::Journaled(Ok(())));
+        }
+    }
+    done
 }
 
 #[test]

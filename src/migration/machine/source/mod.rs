@@ -6,6 +6,8 @@
 //!    +--------------------+----------------------+---------- RolledBack <----+
 //! ```
 
+mod words;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -13,102 +15,14 @@ use super::{BeatAnswer, Command, Denied, Grant};
 use crate::error::Failure;
 use crate::migration::lease::{Beat, GrantedLease};
 use crate::migration::phase::{DestinationPhase, Refusal, SourcePhase, SourceStep};
-use crate::migration::record::{OnLinkFailure, RollbackMode, SourceContainer, SourceRecord};
-use crate::units::{BootTime, Epoch, ImageMark};
+use crate::migration::record::{OnLinkFailure, RollbackMode, SourceRecord};
+use crate::units::{BootTime, Epoch};
+pub use words::{PeerWord, SourceEffect, SourceEvent};
 
 /// How long a rollback that is safe already still tries to tell the destination first.
 const TELL_WHEN_SAFE: Duration = Duration::from_millis(300);
 /// How long a rollback that is not safe yet tries to reach the destination.
 const TELL_WHEN_UNSAFE: Duration = Duration::from_secs(3);
-
-/// Something to do. The driver does them one after the other and reports each.
-#[derive(Clone, Debug, PartialEq)]
-pub enum SourceEffect {
-    /// Make the record durable.
-    Journal(Box<SourceRecord>),
-    /// Ask the destination to prepare; report with [`SourceEvent::PeerPrepared`].
-    AskPrepare,
-    /// Make the disk read-only, settle what is in flight, sync; report with [`SourceEvent::Sealed`].
-    Seal,
-    /// Tell the destination that it owns the disk; report with [`SourceEvent::PeerTold`].
-    TellHandover(Beat),
-    /// Tell the destination to forget it, as far as it can be reached.
-    TellCancel,
-    /// Tell the destination to discard; report with [`SourceEvent::PeerDiscard`].
-    TellDiscard {
-        /// For at most this long.
-        within: Duration,
-        /// The last beat that was heard: the word is void when that is older than a lease.
-        beat: Beat,
-    },
-    /// The disk is read-write again.
-    Unseal,
-    /// The file system is thawed, the container resumed (or restored, if this host was restarted), its network opened;
-    /// report with [`SourceEvent::Thawed`].
-    Thaw,
-    /// Has anybody written to the image behind our back since it was sealed? Report with [`SourceEvent::Unchanged`].
-    CheckUnchanged,
-    /// The container and its device are not needed any more.
-    ReleaseContainer,
-    /// The command that is being done has ended.
-    Answer(Result<(), Denied>),
-}
-
-/// What the destination said, or that it could not be asked.
-#[derive(Clone, Debug, PartialEq)]
-pub enum PeerWord {
-    /// Done.
-    Yes,
-    /// Certainly not done, and why.
-    No(Failure),
-    /// Nobody knows: no answer.
-    Silence(Failure),
-}
-
-/// Something that happened.
-#[derive(Clone, Debug, PartialEq)]
-pub enum SourceEvent {
-    /// An operator prepares the migration that the machine was made with.
-    Prepare,
-    /// A container is about to be frozen for the migration: recorded first, so that a restart thaws it.
-    Freezing(SourceContainer),
-    /// An operator hands over.
-    HandOver,
-    /// An operator cancels.
-    Cancel,
-    /// An operator rolls back; `insist` keeps the lease from being renewed until it is safe.
-    RollBack {
-        /// What is restored.
-        mode: RollbackMode,
-        /// Stop renewing: the operator waits for the disk.
-        insist: bool,
-    },
-    /// The record is durable, or could not be made so.
-    Journaled(Result<(), Failure>),
-    /// The answer to [`SourceEffect::AskPrepare`].
-    PeerPrepared(PeerWord),
-    /// The answer to [`SourceEffect::Seal`].
-    Sealed(Result<Option<ImageMark>, Failure>),
-    /// The answer to [`SourceEffect::TellHandover`].
-    PeerTold(PeerWord),
-    /// The answer to [`SourceEffect::TellDiscard`].
-    PeerDiscard(PeerWord),
-    /// The destination says that it holds every block durably.
-    PeerComplete {
-        /// At this epoch.
-        epoch: Epoch,
-        /// The last granting answer that it had received by then.
-        grant: Grant,
-    },
-    /// The answer to [`SourceEffect::Thaw`].
-    Thawed(Result<(), Failure>),
-    /// The answer to [`SourceEffect::CheckUnchanged`].
-    Unchanged(Result<(), Failure>),
-    /// Time has passed.
-    Tick,
-    /// Any other effect has ended.
-    Done,
-}
 
 /// The disk was asked back without success.
 #[derive(Clone, Copy, Debug)]
@@ -136,6 +50,8 @@ pub struct SourceMachine {
     unrecorded: bool,
     /// Why the destination did not take the disk, while it is asked to forget it.
     refused: Option<Failure>,
+    /// Why the container does not go on, although the disk is this host's again.
+    stuck: Option<Failure>,
     command: Command,
     /// What the journal says; `record` runs ahead of it while a record is being written.
     durable: SourceRecord,
@@ -162,6 +78,7 @@ impl SourceMachine {
             give_up_at: None,
             unrecorded: false,
             refused: None,
+            stuck: None,
             command: Command::None,
             last_beat: None,
             lease: None,
@@ -188,6 +105,7 @@ impl SourceMachine {
             }
             SourcePhase::RolledBack => machine.finish_rollback(),
             SourcePhase::Released => machine.effects.push_back(SourceEffect::ReleaseContainer),
+            SourcePhase::Serving if machine.is_held() => machine.thaw_again(),
             SourcePhase::Serving => {}
         }
         machine
@@ -206,6 +124,11 @@ impl SourceMachine {
     /// Whether the destination has confirmed the handover.
     pub fn is_told(&self) -> bool {
         self.told
+    }
+
+    /// Why the container does not go on, although the disk is this host's again.
+    pub fn stuck(&self) -> Option<&Failure> {
+        self.stuck.as_ref()
     }
 
     /// Whether a command is being done.
@@ -318,6 +241,11 @@ impl SourceMachine {
                 machine.effects.push_back(SourceEffect::Seal);
                 Ok(())
             }),
+            SourceEvent::Cancel | SourceEvent::RollBack { .. } if self.is_held() => self.command(|machine| {
+                machine.thaw_again();
+                machine.answer(Ok(()));
+                Ok(())
+            }),
             SourceEvent::Cancel => self.command(|machine| {
                 machine.record.phase.step(SourceStep::Cancel)?;
                 machine.effects.push_back(SourceEffect::TellCancel);
@@ -334,15 +262,7 @@ impl SourceMachine {
                 machine.ask_back(now);
                 Ok(())
             }),
-            SourceEvent::Thawed(Ok(())) => {}
-            // The disk is back all the same; whoever waits for the container must hear that it is not.
-            SourceEvent::Thawed(Err(failure)) => {
-                for effect in &mut self.effects {
-                    if let SourceEffect::Answer(answer @ Ok(())) = effect {
-                        *answer = Err(Denied::Failed(failure.clone()));
-                    }
-                }
-            }
+            SourceEvent::Thawed(outcome) => self.thawed(outcome),
             SourceEvent::Tick => self.give_up_waiting(now),
             SourceEvent::PeerComplete { epoch, grant } => self.command(|machine| {
                 if epoch != machine.record.epoch {
@@ -496,21 +416,45 @@ impl SourceMachine {
     }
 
     fn finish_rollback(&mut self) {
-        self.effects.push_back(SourceEffect::Unseal);
-        self.effects.push_back(SourceEffect::Thaw);
+        self.effects.extend([SourceEffect::Unseal, SourceEffect::Thaw]);
         if self.step(SourceStep::Resume).is_ok() {
-            self.record.container = None;
             self.journal();
         }
     }
 
     fn back_to_serving(&mut self) {
-        self.effects.push_back(SourceEffect::Unseal);
-        self.effects.push_back(SourceEffect::Thaw);
+        self.effects.extend([SourceEffect::Unseal, SourceEffect::Thaw]);
         if self.step(SourceStep::Cancel).is_ok() {
-            self.record.container = None;
             self.ready = false;
             self.journal();
+        }
+    }
+
+    /// The disk is this host's, and read-write; its container was frozen, and does not go on yet.
+    fn is_held(&self) -> bool {
+        self.record.phase == SourcePhase::Serving && self.record.container.is_some()
+    }
+
+    fn thaw_again(&mut self) {
+        self.effects.push_back(SourceEffect::Thaw);
+        self.journal();
+    }
+
+    /// The disk is back whatever the outcome. A container that is not stays in the record, so that it can be tried again,
+    /// and whoever waits for it hears that.
+    fn thawed(&mut self, outcome: Result<(), Failure>) {
+        self.stuck = outcome.err();
+        if self.stuck.is_none() {
+            self.record.container = None;
+        }
+        for effect in &mut self.effects {
+            match effect {
+                SourceEffect::Journal(record) => record.container.clone_from(&self.record.container),
+                SourceEffect::Answer(answer @ Ok(())) => {
+                    *answer = self.stuck.clone().map_or(Ok(()), |failure| Err(Denied::Failed(failure)));
+                }
+                _ => {}
+            }
         }
     }
 
