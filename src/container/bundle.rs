@@ -229,7 +229,8 @@ mod tests {
         assert_eq!(config["root"], json!({"path": dir.path().join("rootfs"), "readonly": true}));
         assert_eq!((&config["hostname"], &config["annotations"]["mine"]), (&json!("web"), &json!("1")));
         assert_eq!(config["annotations"]["org.criu.config"], json!(derived.join("criu.conf")));
-        assert_eq!((Bundle::origin(&derived), Bundle::origin(&dir)), (dir.path().to_owned(), dir.path().to_owned()));
+        let origins = [&derived, dir.path()].map(Bundle::origin);
+        assert_eq!(origins, [dir.path(), dir.path()]);
         assert_eq!(config["linux"], json!({"cgroupsPath": "/lm/web", "resources": {"pids": {"limit": 9}}}));
         let sources: Vec<_> = config["mounts"].as_array().unwrap().iter().map(|m| m["source"].clone()).collect();
         assert_eq!(sources, [json!("proc"), json!(dir.path().join("data")), json!("/abs")]);
