@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -14,6 +15,9 @@ use crate::support::image;
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
 pub const GIB: u64 = 1 << 30;
+
+/// So long after memory became free, a virtual machine has told its host of it and lost it (Linux: 2 s).
+const FREE_MEMORY_GOES: Duration = Duration::from_millis(2500);
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug)]
@@ -127,9 +131,13 @@ impl Lab {
     }
 
     /// The first touch of a page of the machine's memory can cost five times as much as the next: all that a sample may
-    /// need is touched before it.
+    /// need is touched before it. A virtual machine that tells its host of free memory loses it again, some two seconds
+    /// after it became free; so that of the sample before goes first, and the sample is over before this goes.
     pub fn prime(&self) {
         let bytes = if self.scope.quick { self.scope.pulled * 5 / 4 } else { 2600 * MIB };
+        if !self.scope.quick && Path::new("/sys/module/page_reporting").exists() {
+            std::thread::sleep(FREE_MEMORY_GOES);
+        }
         let path = self.memory.path().join("prime");
         let mut file = File::create(&path).expect("memory to prime");
         let buffer = vec![0x5a; MIB as usize];

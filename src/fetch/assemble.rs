@@ -4,15 +4,19 @@
 use std::io;
 
 use bytes::{Bytes, BytesMut};
+use smallvec::SmallVec;
 
-use super::ranges::{intersects, subtract};
+use super::ranges::{Ranges, intersects, subtract};
 use crate::store::Disk;
 use crate::units::{BlockRange, ByteRange};
+
+/// Blocks and their bytes; nearly always of one reply.
+pub(super) type Pieces = SmallVec<[(BlockRange, Bytes); 1]>;
 
 /// What a fetch brought. The blocks that are in none of the pieces are present in the store.
 #[derive(Debug, Default)]
 pub struct Fetched {
-    pieces: Vec<(BlockRange, Bytes)>,
+    pieces: Pieces,
 }
 
 impl Fetched {
@@ -30,8 +34,8 @@ impl Fetched {
     }
 
     /// The blocks of a range that no reply brought.
-    pub(super) fn not_brought(&self, range: BlockRange) -> Vec<BlockRange> {
-        let brought: Vec<BlockRange> = self.pieces.iter().map(|(blocks, _)| *blocks).collect();
+    pub(super) fn not_brought(&self, range: BlockRange) -> Ranges {
+        let brought: Ranges = self.pieces.iter().map(|(blocks, _)| *blocks).collect();
         subtract(range, &brought)
     }
 

@@ -3,17 +3,18 @@
 //! The queue's lock is held for arithmetic only: never while bytes are written, never across an await. A landing writes
 //! to the store between two short holds, and nobody can claim its blocks meanwhile.
 
-use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustc_hash::FxHashMap;
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::assemble::Fetched;
 use super::lane::Carriage;
 use super::queue::{Cargo, Carrier, ClaimId, Claimed, Class, FetchQueue, FlightId, Outgoing, Ticket};
+use super::ranges::Ranges;
 use super::stats::{FaultStats, PullCounters};
 use super::traffic::{Share, Traffic};
 use super::window::Window;
@@ -34,7 +35,7 @@ pub(super) struct Waiter {
 pub(super) struct State {
     pub(super) queue: FetchQueue,
     order: PullOrder,
-    pub(super) waiters: HashMap<Ticket, Waiter>,
+    pub(super) waiters: FxHashMap<Ticket, Waiter>,
     pub(super) window: Window,
     pub(super) backlog: Backlog,
     /// When the rate limit lets the next background request go.
@@ -97,7 +98,7 @@ impl Fetcher {
         let state = State {
             queue: FetchQueue::new(max_flight),
             order,
-            waiters: HashMap::new(),
+            waiters: FxHashMap::default(),
             window: Window::default(),
             backlog: Backlog::default(),
             rate_next: Duration::ZERO,
@@ -139,8 +140,7 @@ impl Fetcher {
             {
                 let mut state = self.lock();
                 let wanted = brought.not_brought(blocks);
-                let missing: Vec<BlockRange> =
-                    wanted.into_iter().flat_map(|part| self.disk.map.missing_in(part)).collect();
+                let missing: Ranges = wanted.into_iter().flat_map(|part| self.disk.map.missing_in(part)).collect();
                 if let Some(ticket) = state.queue.request(&missing, class) {
                     waiting = Some(self.wait_for(&mut state, ticket));
                     if class == Class::Demand && self.background() {
@@ -151,6 +151,9 @@ impl Fetcher {
             let Some(mut waiting) = waiting else { return brought };
             self.send_demand();
             brought.extend(waiting.done().await);
+            if brought.not_brought(blocks).is_empty() {
+                return brought;
+            }
         }
     }
 
@@ -464,7 +467,7 @@ impl Fetcher {
         Waiting { fetcher: self.clone(), ticket, receiver }
     }
 
-    pub(super) fn finish(&self, state: &mut State, tickets: Vec<Ticket>) {
+    pub(super) fn finish(&self, state: &mut State, tickets: impl IntoIterator<Item = Ticket>) {
         for ticket in tickets {
             if let Some(waiter) = state.waiters.remove(&ticket) {
                 // The other side may have gone: then nobody minds.

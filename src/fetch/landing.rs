@@ -13,6 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use nbd::client::Sink;
 
+use super::assemble::Pieces;
 use super::fetcher::{Fetcher, State};
 use super::queue::{Cargo, Carrier, Class, Landed, Outgoing};
 use crate::limits::NO_SPACE_PAUSE;
@@ -29,7 +30,7 @@ impl Fetcher {
             bytes.as_ref().map(|b| b.slice((part.start - whole.start) as usize..(part.end - whole.start) as usize))
         };
         let mut result = Ok(());
-        let mut pieces = Vec::with_capacity(parts.len());
+        let mut pieces = Pieces::new();
         for part in parts {
             let range = self.disk.block_size.bytes_of(part, size);
             let piece = slice(range);

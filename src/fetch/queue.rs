@@ -17,10 +17,13 @@
 //! The caller holds a lock around it and calculates what is missing **under that lock**; present bits are set before
 //! [`FetchQueue::landed`] and [`FetchQueue::release`] are called. Time is an argument: the time since some start.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use super::ranges::{intersects, subtract, without};
+use rustc_hash::FxHashMap;
+use smallvec::SmallVec;
+
+use super::ranges::{Ranges, intersects, subtract, without};
 use crate::limits::{RETRY_MAX, RETRY_MIN};
 use crate::units::{BlockIndex, BlockRange};
 
@@ -38,6 +41,9 @@ pub enum Class {
 /// Someone who waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(u64);
+
+/// Nearly always one.
+pub type Tickets = SmallVec<[Ticket; 2]>;
 
 /// One request to the upstream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -77,7 +83,7 @@ pub struct Outgoing {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Claimed {
     /// The blocks are the writer's until [`FetchQueue::release`]. Some tickets may have nothing left to wait for.
-    Granted(ClaimId, Vec<Ticket>),
+    Granted(ClaimId, Tickets),
     /// A flight is being written to the store right now: wait for the ticket, then look at the map again.
     Wait(Ticket),
 }
@@ -86,9 +92,9 @@ pub enum Claimed {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Landed {
     /// All who waited for the flight: its bytes are for them.
-    pub joined: Vec<Ticket>,
+    pub joined: Tickets,
     /// Those of them who have nothing left to wait for.
-    pub finished: Vec<Ticket>,
+    pub finished: Tickets,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,18 +119,25 @@ struct Flight {
     state: State,
     sent: Duration,
     /// Blocks that a local write took away.
-    lost: Vec<BlockRange>,
+    lost: Ranges,
     /// Those of them that somebody wants, because the write has failed: they count again when the flight is sent anew.
-    again: Vec<BlockRange>,
-    tickets: Vec<Ticket>,
+    again: Ranges,
+    tickets: Tickets,
     /// Writers who wait for the end of a write to the store.
-    writers: Vec<Ticket>,
+    writers: Tickets,
     attempts: u32,
 }
 
 impl Flight {
+    /// One that can be sent, for nobody yet.
+    fn new(range: BlockRange, class: Class, cargo: Cargo, lost: Ranges) -> Flight {
+        let (state, sent) = (State::Waiting { not_before: Duration::ZERO }, Duration::ZERO);
+        let (again, tickets, writers) = (Ranges::new(), Tickets::new(), Tickets::new());
+        Flight { range, class, cargo, state, sent, lost, again, tickets, writers, attempts: 0 }
+    }
+
     /// The blocks that it will not bring, also when it is sent anew.
-    fn lost_for_good(&self) -> Vec<BlockRange> {
+    fn lost_for_good(&self) -> Ranges {
         without(&self.lost, &self.again)
     }
 }
@@ -132,7 +145,7 @@ impl Flight {
 #[derive(Debug)]
 struct Waiter {
     /// What it asked for.
-    wanted: Vec<BlockRange>,
+    wanted: Ranges,
     class: Class,
     /// How many flights and claims it still waits for.
     open: usize,
@@ -142,12 +155,12 @@ struct Waiter {
 #[derive(Debug)]
 pub struct FetchQueue {
     max_flight: u64,
-    flights: HashMap<FlightId, Flight>,
+    flights: FxHashMap<FlightId, Flight>,
     by_start: BTreeMap<u64, FlightId>,
     ready: [VecDeque<FlightId>; 3],
     pausing: BTreeSet<(Duration, FlightId)>,
-    claims: Vec<(ClaimId, BlockRange, Vec<Ticket>)>,
-    tickets: HashMap<Ticket, Waiter>,
+    claims: Vec<(ClaimId, BlockRange, Tickets)>,
+    tickets: FxHashMap<Ticket, Waiter>,
     in_flight: [u64; 3],
     next_id: u64,
 }
@@ -157,12 +170,12 @@ impl FetchQueue {
     pub fn new(max_flight: u64) -> Self {
         Self {
             max_flight: max_flight.max(1),
-            flights: HashMap::new(),
+            flights: FxHashMap::default(),
             by_start: BTreeMap::new(),
             ready: Default::default(),
             pausing: BTreeSet::new(),
             claims: Vec::new(),
-            tickets: HashMap::new(),
+            tickets: FxHashMap::default(),
             in_flight: [0; 3],
             next_id: 0,
         }
@@ -173,7 +186,7 @@ impl FetchQueue {
     /// when nothing is missing.
     pub fn request(&mut self, missing: &[BlockRange], class: Class) -> Option<Ticket> {
         missing.first()?;
-        let ticket = self.new_ticket(missing.to_vec(), class);
+        let ticket = self.new_ticket(missing.into(), class);
         self.plan(missing, class, Cargo::Bytes, Some(ticket));
         Some(ticket)
     }
@@ -211,8 +224,8 @@ impl FetchQueue {
 
     /// The bytes of a flight are here. Answers the blocks that may be written to the store and then marked present;
     /// until [`FetchQueue::landed`] nobody can claim them. Empty for a flight that is not known (any more).
-    pub fn arrived(&mut self, id: FlightId) -> Vec<BlockRange> {
-        let Some(flight) = self.flights.get_mut(&id) else { return Vec::new() };
+    pub fn arrived(&mut self, id: FlightId) -> Ranges {
+        let Some(flight) = self.flights.get_mut(&id) else { return Ranges::new() };
         if let State::Sent(_) = flight.state {
             self.in_flight[flight.class as usize] -= flight.range.len();
         }
@@ -222,16 +235,16 @@ impl FetchQueue {
 
     /// Bytes of a flight are here before the rest, by this carrier. Answers the blocks that may be written to the store
     /// but not marked present, until [`FetchQueue::put_down`]; `None` where nothing may.
-    pub fn piece(&mut self, id: FlightId, carrier: Carrier) -> Option<Vec<BlockRange>> {
+    pub fn piece(&mut self, id: FlightId, carrier: Carrier) -> Option<Ranges> {
         let flight = self.flights.get_mut(&id).filter(|flight| flight.state == State::Sent(carrier))?;
         flight.state = State::Writing { carrier, orphaned: false };
         Some(subtract(flight.range, &flight.lost))
     }
 
     /// The piece is written, or not. Answers who has nothing left to wait for.
-    pub fn put_down(&mut self, id: FlightId) -> Vec<Ticket> {
-        let Some(flight) = self.flights.get_mut(&id) else { return Vec::new() };
-        let State::Writing { carrier, orphaned } = flight.state else { return Vec::new() };
+    pub fn put_down(&mut self, id: FlightId) -> Tickets {
+        let Some(flight) = self.flights.get_mut(&id) else { return Tickets::new() };
+        let State::Writing { carrier, orphaned } = flight.state else { return Tickets::new() };
         flight.state = State::Sent(carrier);
         let writers = std::mem::take(&mut flight.writers);
         if orphaned {
@@ -243,7 +256,7 @@ impl FetchQueue {
     /// The landing is over, well or not: the flight is gone.
     pub fn landed(&mut self, id: FlightId) -> Landed {
         let Some(flight) = self.remove(id) else { return Landed::default() };
-        let joined: Vec<Ticket> = flight.tickets.into_iter().filter(|t| self.tickets.contains_key(t)).collect();
+        let joined: Tickets = flight.tickets.into_iter().filter(|t| self.tickets.contains_key(t)).collect();
         let settled = joined.iter().chain(&flight.writers).copied();
         let finished = settled.filter(|ticket| self.settle(*ticket)).collect();
         Landed { joined, finished }
@@ -323,7 +336,7 @@ impl FetchQueue {
         let written = |id: &FlightId| matches!(self.flights[id].state, State::Writing { .. } | State::Landing);
         let writing: Vec<FlightId> = over.iter().copied().filter(written).collect();
         if !writing.is_empty() {
-            let ticket = self.new_ticket(vec![range], Class::Demand);
+            let ticket = self.new_ticket(Ranges::from_slice(&[range]), Class::Demand);
             for id in writing {
                 if let (Some(flight), Some(waiter)) = (self.flights.get_mut(&id), self.tickets.get_mut(&ticket)) {
                     flight.writers.push(ticket);
@@ -332,7 +345,7 @@ impl FetchQueue {
             }
             return Claimed::Wait(ticket);
         }
-        let mut finished = Vec::new();
+        let mut finished = Tickets::new();
         for id in over {
             let Some(flight) = self.flights.get_mut(&id) else { continue };
             flight.lost.extend(flight.range.intersect(range));
@@ -341,7 +354,7 @@ impl FetchQueue {
             let (waiting, tickets) =
                 (matches!(flight.state, State::Waiting { .. }), std::mem::take(&mut flight.tickets));
             // Who wants nothing else of the flight waits for the claim instead: the flight may never be heard of again.
-            let (kept, gone): (Vec<Ticket>, Vec<Ticket>) =
+            let (kept, gone): (Tickets, Tickets) =
                 tickets.into_iter().partition(|ticket| self.wants(*ticket, whole, &lost));
             finished.extend(gone.into_iter().filter(|ticket| self.settle(*ticket)));
             if let Some(flight) = self.flights.get_mut(&id) {
@@ -352,14 +365,14 @@ impl FetchQueue {
             }
         }
         let id = ClaimId(self.id());
-        self.claims.push((id, range, Vec::new()));
+        self.claims.push((id, range, Tickets::new()));
         Claimed::Granted(id, finished)
     }
 
     /// The write of a claim is over. If it wrote, the blocks were marked present before this; if not, whoever waited
     /// asks again. Answers who has nothing left to wait for.
-    pub fn release(&mut self, id: ClaimId) -> Vec<Ticket> {
-        let Some(at) = self.claims.iter().position(|(claim, ..)| *claim == id) else { return Vec::new() };
+    pub fn release(&mut self, id: ClaimId) -> Tickets {
+        let Some(at) = self.claims.iter().position(|(claim, ..)| *claim == id) else { return Tickets::new() };
         let (_, _, tickets) = self.claims.swap_remove(at);
         tickets.into_iter().filter(|ticket| self.settle(*ticket)).collect()
     }
@@ -404,13 +417,13 @@ impl FetchQueue {
     fn plan(&mut self, missing: &[BlockRange], class: Class, cargo: Cargo, ticket: Option<Ticket>) -> usize {
         let mut made = 0;
         for run in missing {
-            let claimed: Vec<BlockRange> = self.claims.iter().map(|(_, range, _)| *range).collect();
+            let claimed: Ranges = self.claims.iter().map(|(_, range, _)| *range).collect();
             if let Some(ticket) = ticket {
                 self.wait_for_claims(*run, ticket);
             }
             for free in subtract(*run, &claimed) {
                 let over = self.overlapping(free);
-                let flying: Vec<BlockRange> = over.iter().map(|id| self.flights[id].range).collect();
+                let flying: Ranges = over.iter().map(|id| self.flights[id].range).collect();
                 if let Some(ticket) = ticket {
                     for id in over {
                         self.join(id, free, class, ticket);
@@ -441,18 +454,7 @@ impl FetchQueue {
         while at < gap.end.0 {
             let end = gap.end.0.min(at.saturating_add(longest));
             let range = BlockRange::new(BlockIndex(at), BlockIndex(end));
-            let id = self.insert(Flight {
-                range,
-                class,
-                cargo,
-                state: State::Waiting { not_before: Duration::ZERO },
-                sent: Duration::ZERO,
-                lost: Vec::new(),
-                again: Vec::new(),
-                tickets: Vec::new(),
-                writers: Vec::new(),
-                attempts: 0,
-            });
+            let id = self.insert(Flight::new(range, class, cargo, Ranges::new()));
             if let Some(ticket) = ticket {
                 self.attach(id, ticket);
             }
@@ -478,25 +480,14 @@ impl FetchQueue {
         let mut parts = vec![inner];
         parts.extend(subtract(whole.range, &[inner]));
         for range in parts {
-            let lost: Vec<BlockRange> = whole.lost.iter().filter_map(|lost| lost.intersect(range)).collect();
+            let lost: Ranges = whole.lost.iter().filter_map(|lost| lost.intersect(range)).collect();
             if subtract(range, &lost).is_empty() {
                 continue;
             }
-            let tickets: Vec<Ticket> =
+            let tickets: Tickets =
                 whole.tickets.iter().copied().filter(|joined| self.wants(*joined, range, &lost)).collect();
             let class = self.urgency(&tickets).map_or(whole.class, |class| class.max(whole.class));
-            let part = self.insert(Flight {
-                range,
-                class,
-                cargo: whole.cargo,
-                state: State::Waiting { not_before: Duration::ZERO },
-                sent: Duration::ZERO,
-                lost,
-                again: Vec::new(),
-                tickets: Vec::new(),
-                writers: Vec::new(),
-                attempts: 0,
-            });
+            let part = self.insert(Flight::new(range, class, whole.cargo, lost));
             tickets.into_iter().for_each(|joined| self.attach(part, joined));
         }
         for joined in whole.tickets {
@@ -579,7 +570,7 @@ impl FetchQueue {
         Some(flight)
     }
 
-    fn new_ticket(&mut self, wanted: Vec<BlockRange>, class: Class) -> Ticket {
+    fn new_ticket(&mut self, wanted: Ranges, class: Class) -> Ticket {
         let ticket = Ticket(self.id());
         self.tickets.insert(ticket, Waiter { wanted, class, open: 0 });
         ticket

@@ -31,8 +31,8 @@ enum Lander {
     /// A flight that comes in pieces of one block: those before this one are written.
     Between(Outgoing, u64),
     Piece(Outgoing, u64, bool),
-    Arrived(Outgoing, Vec<BlockRange>),
-    Stored(Outgoing, Vec<BlockRange>),
+    Arrived(Outgoing, Ranges),
+    Stored(Outgoing, Ranges),
 }
 
 const BLOCK: u64 = 8;
@@ -68,11 +68,11 @@ fn race(seed: u64, heed: bool) -> (Vec<u8>, Vec<u8>) {
                             continue;
                         }
                         let parts = queue.arrived(flight.id);
-                        Lander::Arrived(flight, if heed { parts } else { vec![flight.range] })
+                        Lander::Arrived(flight, if heed { parts } else { Ranges::from_slice(&[flight.range]) })
                     }
                     Lander::Between(flight, at) if at == flight.range.end.0 => {
                         let parts = queue.arrived(flight.id);
-                        Lander::Stored(flight, if heed { parts } else { vec![flight.range] })
+                        Lander::Stored(flight, if heed { parts } else { Ranges::from_slice(&[flight.range]) })
                     }
                     Lander::Between(flight, at) => {
                         let parts = queue.piece(flight.id, LINE).unwrap_or_default();

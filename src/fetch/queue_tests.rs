@@ -32,10 +32,10 @@ fn claim(queue: &mut FetchQueue, range: BlockRange) -> ClaimId {
 #[test]
 fn sixty_four_readers_of_one_block_make_one_flight() {
     let mut queue = FetchQueue::new(256);
-    let tickets: Vec<Ticket> = (0..64).filter_map(|_| queue.request(&[run(5, 6)], Class::Demand)).collect();
+    let tickets: Tickets = (0..64).filter_map(|_| queue.request(&[run(5, 6)], Class::Demand)).collect();
     let flights = poll_all(&mut queue, Class::Demand);
     assert_eq!(ranges(&flights), vec![(5, 6)]);
-    assert_eq!(queue.arrived(flights[0].id), vec![run(5, 6)]);
+    assert_eq!(queue.arrived(flights[0].id)[..], [run(5, 6)]);
     let landed = queue.landed(flights[0].id);
     assert_eq!((landed.joined, landed.finished), (tickets.clone(), tickets));
     assert!(queue.is_idle() && queue.waiting() == 0);
@@ -110,14 +110,15 @@ fn a_flight_that_was_promoted_serves_those_who_waited_before() {
     let late = queue.request(&[run(2, 4)], Class::Demand).unwrap();
     let flights = poll_all(&mut queue, Class::Demand);
     assert_eq!(ranges(&flights)[0], (2, 4), "demand first");
-    let finished: Vec<Vec<Ticket>> = flights
+    let finished: Vec<Tickets> = flights
         .iter()
         .map(|flight| {
             queue.arrived(flight.id);
             queue.landed(flight.id).finished
         })
         .collect();
-    assert_eq!(finished, vec![vec![late], vec![], vec![early]]);
+    let finished: Vec<&[Ticket]> = finished.iter().map(|tickets| &tickets[..]).collect();
+    assert_eq!(finished, [&[late][..], &[], &[early]]);
 }
 
 #[test]
@@ -128,8 +129,8 @@ fn a_claim_takes_its_blocks_from_a_flight_and_its_readers_wait_for_it() {
     let id = claim(&mut queue, run(2, 4));
     let reader = queue.request(&[run(3, 4)], Class::Demand).unwrap();
     assert!(poll_all(&mut queue, Class::Demand).is_empty(), "a claimed block is not fetched");
-    assert_eq!(queue.release(id), vec![reader]);
-    assert_eq!(queue.arrived(flight.id), vec![run(0, 2), run(4, 8)], "write wins");
+    assert_eq!(queue.release(id)[..], [reader]);
+    assert_eq!(queue.arrived(flight.id)[..], [run(0, 2), run(4, 8)], "write wins");
 }
 
 #[test]
@@ -148,7 +149,7 @@ fn a_flight_whose_blocks_are_all_written_locally_is_not_sent() {
     let mut queue = FetchQueue::new(256);
     let ticket = queue.request(&[run(3, 5)], Class::Demand).unwrap();
     match queue.claim(run(0, 8)) {
-        Claimed::Granted(_, finished) => assert_eq!(finished, vec![ticket], "its reader looks at the map again"),
+        Claimed::Granted(_, finished) => assert_eq!(finished[..], [ticket], "its reader looks at the map again"),
         Claimed::Wait(_) => panic!("nothing lands"),
     }
     assert!(poll_all(&mut queue, Class::Demand).is_empty());
@@ -161,11 +162,11 @@ fn a_reader_does_not_wait_for_a_flight_of_which_everything_it_wanted_was_written
     let flight = queue.poll(Class::Background, LINE, NOW).unwrap();
     let reader = queue.request(&[run(2, 3), run(6, 7)], Class::Demand).unwrap();
     let Claimed::Granted(first, finished) = queue.claim(run(2, 4)) else { panic!("nothing lands") };
-    assert_eq!(finished, vec![], "it waits for the other block");
+    assert!(finished.is_empty(), "it waits for the other block");
     queue.release(first);
     // The flight was sent, and may never be heard of again: once all is present nobody asks for it.
     let Claimed::Granted(_, finished) = queue.claim(run(4, 8)) else { panic!("nothing lands") };
-    assert_eq!(finished, vec![reader]);
+    assert_eq!(finished[..], [reader]);
     claim(&mut queue, run(0, 2));
     queue.lost(LINE);
     assert!(queue.is_idle() && queue.waiting() == 0, "nothing is left of {flight:?}");
@@ -244,11 +245,11 @@ fn a_writer_waits_for_a_piece_and_not_for_the_flight() {
     let mut queue = FetchQueue::new(256);
     queue.background(&[run(0, 8)], Cargo::Bytes);
     let flight = poll_all(&mut queue, Class::Background)[0];
-    assert_eq!(queue.piece(flight.id, LINE), Some(vec![run(0, 8)]));
+    assert_eq!(queue.piece(flight.id, LINE), Some(Ranges::from_slice(&[run(0, 8)])));
     let Claimed::Wait(writer) = queue.claim(run(2, 4)) else { panic!("a piece is being written") };
-    assert_eq!(queue.put_down(flight.id), vec![writer]);
+    assert_eq!(queue.put_down(flight.id)[..], [writer]);
     let claim = claim(&mut queue, run(2, 4));
-    assert_eq!(queue.piece(flight.id, LINE), Some(vec![run(0, 2), run(4, 8)]), "the write wins");
+    assert_eq!(queue.piece(flight.id, LINE), Some(Ranges::from_slice(&[run(0, 2), run(4, 8)])), "the write wins");
     queue.lost(LINE);
     assert!(poll_all(&mut queue, Class::Background).is_empty(), "its blocks may be half written just now");
     assert!(queue.put_down(flight.id).is_empty());
@@ -318,7 +319,7 @@ struct Model {
     sent: Vec<Outgoing>,
     /// Of which a piece is being written; whether its connection is lost.
     writing: Vec<(Outgoing, bool)>,
-    landing: Vec<(Outgoing, Vec<BlockRange>)>,
+    landing: Vec<(Outgoing, Ranges)>,
     claims: Vec<(ClaimId, BlockRange)>,
     /// Per flight in the air: blocks that were claimed since it was sent.
     taken: HashMap<FlightId, HashSet<u64>>,
@@ -330,7 +331,7 @@ impl Model {
         self.map.missing_in(run(a, b)).collect()
     }
 
-    fn finish(&mut self, tickets: Vec<Ticket>) {
+    fn finish(&mut self, tickets: Tickets) {
         for ticket in tickets {
             assert!(self.open.remove(&ticket), "a ticket finishes once, and only while somebody holds it");
         }

@@ -1,6 +1,11 @@
 //! Arithmetic on lists of block ranges. Pure.
 
+use smallvec::SmallVec;
+
 use crate::units::BlockRange;
+
+/// A list that is nearly always short.
+pub(crate) type Ranges = SmallVec<[BlockRange; 2]>;
 
 /// Whether two ranges have a block in common.
 pub(crate) fn intersects(a: BlockRange, b: BlockRange) -> bool {
@@ -8,13 +13,13 @@ pub(crate) fn intersects(a: BlockRange, b: BlockRange) -> bool {
 }
 
 /// What is left of a range without the blocks of `holes` (in any order, they may overlap).
-pub(crate) fn subtract(range: BlockRange, holes: &[BlockRange]) -> Vec<BlockRange> {
+pub(crate) fn subtract(range: BlockRange, holes: &[BlockRange]) -> Ranges {
     if range.is_empty() {
-        return Vec::new();
+        return Ranges::new();
     }
-    let mut holes: Vec<BlockRange> = holes.iter().filter_map(|hole| hole.intersect(range)).collect();
+    let mut holes: Ranges = holes.iter().filter_map(|hole| hole.intersect(range)).collect();
     holes.sort_by_key(|hole| hole.start);
-    let (mut left, mut at) = (Vec::new(), range.start);
+    let (mut left, mut at) = (Ranges::new(), range.start);
     for hole in holes {
         if at < hole.start {
             left.push(BlockRange::new(at, hole.start));
@@ -28,7 +33,7 @@ pub(crate) fn subtract(range: BlockRange, holes: &[BlockRange]) -> Vec<BlockRang
 }
 
 /// What is left of several ranges.
-pub(crate) fn without(ranges: &[BlockRange], holes: &[BlockRange]) -> Vec<BlockRange> {
+pub(crate) fn without(ranges: &[BlockRange], holes: &[BlockRange]) -> Ranges {
     ranges.iter().flat_map(|range| subtract(*range, holes)).collect()
 }
 

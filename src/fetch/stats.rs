@@ -1,11 +1,11 @@
 //! Counters for people: what was pulled, and what readers of missing blocks had to wait.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use slab::Slab;
 
 /// Buckets of the histogram: 8 for each doubling of microseconds.
 const STEPS: u32 = 8;
@@ -30,20 +30,14 @@ pub struct FaultStats {
     count: AtomicU64,
     max_us: AtomicU64,
     total_us: AtomicU64,
-    waiting: Mutex<Waiting>,
-}
-
-/// Who waits at the moment, since when; the oldest first, because numbers rise.
-#[derive(Default)]
-struct Waiting {
-    next: u64,
-    since: BTreeMap<u64, Instant>,
+    /// Since when those wait who wait at the moment.
+    waiting: Mutex<Slab<Instant>>,
 }
 
 /// One request that waits for a missing block. It is counted when it has got it, not when it was given up.
 pub struct Fault<'a> {
     stats: &'a FaultStats,
-    number: u64,
+    place: usize,
     since: Instant,
 }
 
@@ -56,7 +50,7 @@ impl Fault<'_> {
 
 impl Drop for Fault<'_> {
     fn drop(&mut self) {
-        self.stats.waiting().since.remove(&self.number);
+        self.stats.waiting().remove(self.place);
     }
 }
 
@@ -103,19 +97,15 @@ impl FaultStats {
     /// A request begins to wait.
     pub fn begin(&self) -> Fault<'_> {
         let since = Instant::now();
-        let mut waiting = self.waiting();
-        let number = waiting.next;
-        waiting.next += 1;
-        waiting.since.insert(number, since);
-        Fault { stats: self, number, since }
+        Fault { stats: self, place: self.waiting().insert(since), since }
     }
 
     /// For how long the request that has waited longest has done so.
     pub fn longest_wait(&self) -> Option<Duration> {
-        self.waiting().since.first_key_value().map(|(_, since)| since.elapsed())
+        self.waiting().iter().map(|(_, since)| *since).min().map(|since| since.elapsed())
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+    fn waiting(&self) -> MutexGuard<'_, Slab<Instant>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -203,12 +193,14 @@ mod tests {
     fn whoever_waits_is_seen_until_served_or_given_up() {
         let stats = FaultStats::default();
         assert_eq!(stats.longest_wait(), None);
-        let (first, second) = (stats.begin(), stats.begin());
+        let (first, second, third) = (stats.begin(), stats.begin(), stats.begin());
         assert!(stats.longest_wait().is_some_and(|wait| wait >= second.since.elapsed().saturating_sub(wait)));
+        second.served();
+        assert!(stats.longest_wait() >= Some(third.since - first.since));
         drop(first);
         assert!(stats.longest_wait().is_some());
-        second.served();
-        assert_eq!((stats.longest_wait(), stats.summary().count), (None, 1));
+        third.served();
+        assert_eq!((stats.longest_wait(), stats.summary().count), (None, 2));
     }
 
     #[test]

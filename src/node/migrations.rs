@@ -144,21 +144,12 @@ impl Node {
                     let left = Duration::from_millis(failure.retry_after_ms.unwrap_or_default());
                     tokio::time::sleep(left.min(ROLLBACK_INTERVAL)).await;
                 }
-                // The destination gave it up between two askings, and it was taken back by itself.
-                Err(_) if was_handed_over && is_back(&source.view()) => {
-                    let mut watch = source.watch();
-                    let settled = watch
-                        .wait_for(|view| view.settled)
-                        .await
-                        .map_err(|_| Failure::unreachable("the node is shutting down"))?;
-                    match settled.stuck.clone() {
-                        None => break,
-                        Some(failure) => return Err(failure.context(name)),
-                    }
-                }
-                Err(failure) if is_back(&source.view()) && source.view().stuck.is_some() => {
-                    return Err(failure.context(name));
-                }
+                // The destination may have given it up between two askings, so that it was taken back by itself.
+                Err(failure) if is_back(&source.view()) => match source.settled().await?.stuck {
+                    Some(stuck) => return Err(stuck.context(name)),
+                    None if was_handed_over => break,
+                    None => return Err(failure.context(format!("{name} is not rolled back"))),
+                },
                 Err(failure) => return Err(failure.context(format!("{name} is not rolled back"))),
             }
         }

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use lazy_migrate::block_map::codec::PageWords;
 use lazy_migrate::block_map::{BlockMap, WORDS_PER_PAGE};
-use lazy_migrate::fetch::queue::{ClaimId, Claimed, Class, FetchQueue, Ticket};
+use lazy_migrate::fetch::queue::{ClaimId, Claimed, Class, FetchQueue, Ticket, Tickets};
 use lazy_migrate::migration::phase::DestinationPhase;
 use lazy_migrate::pull::{Order, PullOrder};
 use lazy_migrate::units::{BlockIndex, BlockRange};
@@ -258,7 +258,7 @@ impl World {
             export.map.set_present(inside);
         }
         export.flusher.unflushed = true;
-        let woken = change.claim.map_or(Vec::new(), |claim| export.queue.release(claim));
+        let woken = change.claim.map_or(Tickets::new(), |claim| export.queue.release(claim));
         note!(self, "B: {request} releases {:?}, which wakes {woken:?}", change.claim);
         let Some(export) = &mut self.b.export else { return };
         if early {
@@ -396,7 +396,7 @@ impl World {
     }
 
     /// Tickets that have nothing left to wait for.
-    pub fn wake(&mut self, tickets: Vec<Ticket>) {
+    pub fn wake(&mut self, tickets: Tickets) {
         for ticket in tickets {
             let Some(export) = &mut self.b.export else { return };
             let id = export.id;

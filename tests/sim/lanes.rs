@@ -312,9 +312,9 @@ impl World {
         let Some(export) = &mut self.b.export else { return };
         let mut parts = export.queue.arrived(flight.id);
         if self.plant == Some(Plant::FetchOverWrite) {
-            parts = vec![flight.range];
+            parts = std::iter::once(flight.range).collect();
         }
-        let landing = Landing { export: export.id, flight, parts, values, written: None };
+        let landing = Landing { export: export.id, flight, parts: parts.to_vec(), values, written: None };
         let pause = self.dice.between(0, 4);
         self.at(pause, Event::Land(landing));
     }

@@ -189,6 +189,11 @@ impl SourceHandle {
         self.view.clone()
     }
 
+    /// The same when everything is done that follows from it.
+    pub async fn settled(&self) -> Outcome<SourceView> {
+        self.watch().wait_for(|view| view.settled).await.map(|view| view.clone()).map_err(|_| driver_gone())
+    }
+
     /// How long the container stood still, from frozen to resumed, once that is known.
     pub fn frozen_ms(&self) -> Option<u64> {
         self.frozen_ms.get().copied()

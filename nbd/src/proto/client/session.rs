@@ -1,8 +1,7 @@
 //! The client's transmission phase: operations out, completions in.
 
-use std::collections::HashMap;
-
 use bytes::{Buf, Bytes, BytesMut};
+use rustc_hash::FxHashMap;
 
 use super::Negotiated;
 use super::assemble::Assembly;
@@ -124,7 +123,8 @@ pub struct Session<T> {
     framing: Framing,
     contexts: Vec<ContextId>,
     next_cookie: u64,
-    pending: HashMap<u64, Pending<T>>,
+    /// By cookies of our own making.
+    pending: FxHashMap<u64, Pending<T>>,
     wanted: usize,
     open: Option<Open>,
     streams: usize,
@@ -141,7 +141,7 @@ impl<T> Session<T> {
             framing: negotiated.framing,
             contexts: contexts.collect(),
             next_cookie: 1,
-            pending: HashMap::new(),
+            pending: FxHashMap::default(),
             wanted: 0,
             open: None,
             streams: 0,
