@@ -52,12 +52,20 @@ stop_process "$migrating"
 [ "$(on a status web --json | jq -r '.phase + " " + .container_state')" = "serving stuck" ] || fail "A is $(on a status web --json)"
 on a status web | grep -q 'container web DOES NOT GO ON' || fail "A says: $(on a status web)"
 on a rollback web --plan | grep -q 'already, but container web does not go on' || fail "planned: $(on a rollback web --plan)"
-refused 1 'brought back from its checkpoint' on a rollback web
 cp "$work/a/runc.right" "$work/a/runc"
+mv "$work/a/bundles/web/config.json" "$work/config.json"
+refused 1 'brought back from its checkpoint.*cannot read its config.json' on a rollback web
+kill -KILL "${node_pid[a]}"
+wait "${node_pid[a]}" 2>/dev/null || true
+start_node a
+is_stuck() { [ "$(on a status web --json | jq -r .container_state)" = stuck ]; }
+wait_until 30 "the restarted node does not try it" is_stuck
+mv "$work/config.json" "$work/a/bundles/web/config.json"
 said=$(on a rollback web) || fail "it was not tried again"
 [[ $said == *"container web goes on" ]] || fail "rollback said: $said"
 goes_on "$log_a"
 check_log "$log_a" || fail "A's log has a gap"
+[ "$(sed -n "$((frozen_at + 1))p" "$log_a")" = "$((frozen_at + 1))" ] || fail "A did not go on from $frozen_at"
 wait_until 30 "the client gets no replies" client_lives
 [ "$(on a status web --json | jq -c '[.phase, .container, .container_state]')" = '["serving",null,null]' ] || fail "A is $(on a status web --json)"
 

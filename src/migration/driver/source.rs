@@ -356,7 +356,7 @@ fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) 
                 SourceEvent::Done
             }
             SourceEffect::Thaw => {
-                let thawed = world.hold.thaw().await;
+                let thawed = world.hold.thaw(&world.export).await;
                 if let Err(failure) = &thawed {
                     tracing::error!(disk = world.disk, %failure, "the container does not go on");
                 }

@@ -5,6 +5,7 @@
 
 mod destination;
 mod guarded;
+mod kept;
 mod precopy;
 mod source;
 

@@ -3,14 +3,15 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use super::kept::Kept;
 use super::precopy::PreDumps;
 use super::{
-    RESTORE_LIMIT, Runtimes, attach_mounted, failed, forget_rule, id, lock, open_network, remove_file, remove_tree,
-    rename, source_owner, sync_tree, unmount,
+    RESTORE_LIMIT, Runtimes, attach_mounted, failed, forget_rule, id, lock, open_network, source_owner, unmount,
 };
 use crate::container::{Bundle, Cgroup, ContainerId, Error, NetDrop, RestoreSpec, Runtime, quiesce};
 use crate::device::{DeviceSlot, mounts_of};
 use crate::error::{Failure, Outcome, chain};
+use crate::export::LazyExport;
 use crate::migration::record::SourceContainer;
 
 /// A container that may move, as it was found.
@@ -33,7 +34,7 @@ pub struct SourceHold {
     container: Mutex<Option<SourceContainer>>,
     /// Its control group, unless the node was restarted since: the shortest way to a thaw.
     cgroup: Mutex<Option<Cgroup>>,
-    images: PathBuf,
+    kept: Kept,
     pub(super) pre_dumps: PreDumps,
 }
 
@@ -47,17 +48,18 @@ impl SourceHold {
         images: PathBuf,
     ) -> Self {
         let (owner, container, cgroup) = (source_owner(disk), Mutex::new(container), Mutex::default());
-        Self { owner, runtimes, device, container, cgroup, images, pre_dumps: PreDumps::default() }
+        let (kept, pre_dumps) = (Kept::new(images), PreDumps::default());
+        Self { owner, runtimes, device, container, cgroup, kept, pre_dumps }
     }
 
     /// Where the checkpoint's images are, with all rounds before it; kept until release.
     pub fn images(&self) -> &Path {
-        &self.images
+        self.kept.images()
     }
 
     /// Where criu keeps its log meanwhile.
     pub fn work(&self) -> PathBuf {
-        self.images.with_extension("work")
+        self.kept.work()
     }
 
     /// Looks at a container that is to move: it must run, with the disk's device mounted under it.
@@ -93,7 +95,7 @@ impl SourceHold {
 
     /// Nothing of an earlier checkpoint is left that could be taken for the one to come, or for a round before it.
     pub async fn begin(&self) -> Outcome<()> {
-        self.remove_images().await
+        self.kept.remove().await
     }
 
     /// From now on a thaw or a release is about this container.
@@ -112,107 +114,101 @@ impl SourceHold {
 
     /// The checkpoint outlives a restart of this host from now on: then it is what a rollback brings back.
     pub async fn keep_images(&self) -> Outcome<()> {
-        let (images, mark) = (self.images.clone(), self.whole());
-        let kept = tokio::task::spawn_blocking(move || {
-            sync_tree(&images)?;
-            crate::files::write_atomically(&mark, b"the checkpoint beside this file is complete and durable\n")
-        });
-        let failed = |why: &dyn std::fmt::Display| {
-            Failure::failed(format!(
-                "the checkpoint in {} is not durable ({why}): if this host is restarted before the migration is complete, \
-                 a rollback brings back the disk alone",
-                self.images.display()
-            ))
+        self.kept.keep().await
+    }
+
+    /// The frozen tasks are gone, with a restart of this host or by hand: the container comes back from its checkpoint, as it
+    /// was frozen. Where that fails before it has come to life it may be tried again, until somebody writes to the disk.
+    async fn restore(
+        &self,
+        runtime: &dyn Runtime,
+        id: &ContainerId,
+        container: &SourceContainer,
+        disk: &LazyExport,
+    ) -> Outcome<()> {
+        let image = || disk.mark().unwrap_or_default();
+        let told = |why| Failure::failed(format!("container {id} does not exist any more, and {why}"));
+        self.kept.check(image()).map_err(told)?;
+        let mut has_run = false;
+        let Err(failure) = self.try_restore(runtime, id, container, &mut has_run).await else {
+            tracing::info!(container = %id, "restored from the checkpoint that was kept");
+            return Ok(());
         };
-        kept.await.map_err(|error| failed(&error))?.map_err(|error| failed(&error))
-    }
-
-    /// The file that says that the images are whole.
-    fn whole(&self) -> PathBuf {
-        self.images.with_extension("whole")
-    }
-
-    /// The file that says that a restore from them was begun: they are not used again.
-    fn restoring(&self) -> PathBuf {
-        self.images.with_extension("restoring")
-    }
-
-    /// After a restart of this host the frozen tasks are gone: the container comes back from its checkpoint, as it was
-    /// frozen.
-    async fn restore(&self, runtime: &dyn Runtime, id: &ContainerId, container: &SourceContainer) -> Outcome<()> {
-        let images = &self.images;
-        if self.restoring().exists() {
-            return Err(Failure::failed(format!(
-                "container {id} does not exist any more, and its checkpoint in {} was used before, so that what ran from it \
-                 may have written to the disk since; start it anew with its runtime",
-                images.display()
-            )));
+        if !has_run {
+            // Then nobody of ours writes to the disk.
+            let unmounted = unmount(&self.device).await;
+            if let Err(failure) = unmounted.and(self.kept.tried(image()).await) {
+                tracing::warn!(%failure, "after a restore that failed");
+            }
         }
-        if !self.whole().exists() {
-            return Err(Failure::failed(format!(
-                "container {id} does not exist any more, and its checkpoint in {} is not complete; start it anew with its \
-                 runtime: the disk is as it was frozen",
-                images.display()
-            )));
+        Err(failure.context(format!(
+            "container {id} was gone, and could not be brought back from its checkpoint in {}",
+            self.images().display()
+        )))
+    }
+
+    async fn try_restore(
+        &self,
+        runtime: &dyn Runtime,
+        id: &ContainerId,
+        container: &SourceContainer,
+        has_run: &mut bool,
+    ) -> Outcome<()> {
+        attach_mounted(&self.device, &container.mount).await?;
+        // Its tasks may have been killed while all was frozen.
+        quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
+        let bundle = runtime.bundle(id, Some(container.bundle.clone())).await.map_err(|error| failed(&error))?;
+        let drop = self.net_drop(container);
+        if let Some(drop) = &drop {
+            drop.install().await.map_err(|error| failed(&error))?;
         }
-        let kept = |failure: Failure| {
-            failure.context(format!(
-                "container {id} was gone, and could not be brought back from its checkpoint in {}",
-                images.display()
-            ))
+        if runtime.inspect(id).await.is_ok() {
+            // Only its name is left.
+            runtime.kill_and_delete(id).await.map_err(|error| failed(&error))?;
+        }
+        if let Some(drop) = &drop {
+            drop.outlast_the_dead().await.map_err(|error| failed(&error))?;
+        }
+        let spec = RestoreSpec {
+            bundle,
+            image_dir: Some(self.images().to_owned()),
+            work_dir: self.work(),
+            state_dir: self.images().with_extension("bundle"),
+            cgroup: Cgroup::at(&format!("/lazy-migrate-{id}-back")).map_err(|error| failed(&error))?,
+            tcp_established: container.tcp_established,
+            limit: RESTORE_LIMIT,
         };
-        let restored = async {
-            attach_mounted(&self.device, &container.mount).await?;
-            // Its tasks may have been killed while all was frozen.
-            quiesce::thaw(&container.mount).await.map_err(|error| failed(&error))?;
-            let bundle = runtime.bundle(id, Some(container.bundle.clone())).await.map_err(|error| failed(&error))?;
-            if let Some(drop) = self.net_drop(container) {
-                drop.install().await.map_err(|error| failed(&error))?;
-            }
-            if runtime.inspect(id).await.is_ok() {
-                // Only its name is left.
-                runtime.kill_and_delete(id).await.map_err(|error| failed(&error))?;
-            }
-            if let Some(drop) = self.net_drop(container) {
-                drop.outlast_the_dead().await.map_err(|error| failed(&error))?;
-            }
-            let spec = RestoreSpec {
-                bundle,
-                image_dir: Some(images.clone()),
-                work_dir: self.work(),
-                state_dir: images.with_extension("bundle"),
-                cgroup: Cgroup::at(&format!("/lazy-migrate-{id}-back")).map_err(|error| failed(&error))?,
-                tcp_established: container.tcp_established,
-                limit: RESTORE_LIMIT,
-            };
-            // Durably, before it runs: if this host dies meanwhile, what ran may have written to the disk.
-            rename(self.whole(), self.restoring()).await?;
-            match runtime.restore(id, spec).await {
-                Ok(_) => Ok(()),
-                // It did not come to life, so it may be tried again.
-                Err(error) if !error.may_have_run() => {
-                    rename(self.restoring(), self.whole()).await?;
-                    Err(failed(&error))
-                }
-                Err(error) => Err(failed(&error)),
-            }
-        };
-        restored.await.map_err(kept)?;
-        tracing::info!(container = %id, "restored from the checkpoint that was kept");
-        Ok(())
+        self.kept.begin().await?;
+        runtime.restore(id, spec).await.map(std::mem::drop).map_err(|error| {
+            *has_run = error.may_have_run();
+            failed(&error)
+        })
     }
 
     /// Everything goes on as if nothing had been. The tasks first: clients wait for them. What arrives before they run
     /// waits in their sockets.
-    pub async fn thaw(&self) -> Outcome<()> {
+    pub async fn thaw(&self, disk: &LazyExport) -> Outcome<()> {
         let Some(container) = self.held() else {
             // It was never frozen. What was dumped of it while it ran goes; a rest is in nobody's way.
             self.pre_dumps.end().await;
-            if let Err(failure) = self.remove_images().await {
+            if let Err(failure) = self.kept.remove().await {
                 tracing::warn!(%failure, "what was dumped of the running container is left behind");
             }
             return Ok(());
         };
+        let thawed = self.thaw_held(&container, disk).await;
+        if thawed.is_ok() {
+            *lock(&self.container) = None;
+            return self.kept.remove().await;
+        }
+        // Whoever likes may write to the disk from now on.
+        if let Err(failure) = self.kept.left_alone(disk.mark().unwrap_or_default()).await {
+            tracing::warn!(%failure, "after a container that does not go on");
+        }
+        thawed
+    }
+
+    async fn thaw_held(&self, container: &SourceContainer, disk: &LazyExport) -> Outcome<()> {
         let runtime = self.runtimes.find(&container.runtime)?;
         let id = id(&container.id)?;
         // A live group answers at once; only without one the runtime is asked whether there is a container at all.
@@ -223,29 +219,32 @@ impl SourceHold {
                 Err(error) => matches!(error, Error::NoSuchContainer { .. }),
             };
         if gone {
-            self.restore(&*runtime, &id, &container).await?;
-            if let Some(drop) = self.net_drop(&container) {
-                open_network(&drop, None).await?;
-            }
-            *lock(&self.container) = None;
-            return self.remove_images().await;
+            self.restore(&*runtime, &id, container, disk).await?;
+            return match self.net_drop(container) {
+                Some(drop) => open_network(&drop, None).await,
+                None => Ok(()),
+            };
         }
         let thawed = quiesce::thaw(&container.mount).await.map_err(|error| failed(&error));
         let cgroup = lock(&self.cgroup).take();
-        if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.set_frozen(false)) {
-            tracing::debug!(error = chain(&error), "the runtime has to thaw the container");
+        let unfrozen = cgroup.map(|cgroup| cgroup.set_frozen(false));
+        if let Some(Err(error)) = &unfrozen {
+            tracing::debug!(error = chain(error), "the runtime has to thaw the container");
         }
         let open = async {
-            match self.net_drop(&container) {
+            match self.net_drop(container) {
                 Some(drop) => open_network(&drop, None).await,
                 None => Ok(()),
             }
         };
         let (opened, resumed) = tokio::join!(open, runtime.thaw(&id));
+        let runs = resumed.is_ok() || matches!(unfrozen, Some(Ok(())));
         // Each was tried, whatever became of the others.
-        thawed.and(resumed.map_err(|error| failed(&error))).and(opened)?;
-        *lock(&self.container) = None;
-        self.remove_images().await
+        let outcome = thawed.and(resumed.map_err(|error| failed(&error))).and(opened);
+        if outcome.is_err() && runs {
+            self.kept.outlived().await?;
+        }
+        outcome
     }
 
     /// The container, its mount, its device and its images go; the disk itself stays.
@@ -265,15 +264,7 @@ impl SourceHold {
             self.device.abandon().await?;
             *lock(&self.container) = None;
         }
-        self.remove_images().await
-    }
-
-    async fn remove_images(&self) -> Outcome<()> {
-        // First what says that they are whole.
-        remove_file(&self.whole()).await?;
-        remove_file(&self.restoring()).await?;
-        remove_tree(&self.images).await?;
-        remove_tree(&self.work()).await
+        self.kept.remove().await
     }
 
     fn net_drop(&self, container: &SourceContainer) -> Option<NetDrop> {
