@@ -25,6 +25,11 @@ fail() {
   for host in a b; do
     [ ! -s "$work/$host/node.log" ] || tail -n 15 "$work/$host/node.log" | sed "s/^/  node $host | /" >&2
   done
+  # Whom the client talks to, and where the switch thinks that it is.
+  for host in client ca cb; do
+    inside "$host" ss -Htan 2>/dev/null | sed "s/^/  $host | /" >&2 || true
+  done
+  bridge -n "$prefix-wire" fdb show br service 2>/dev/null | grep -i 02:00:00:00:00:77 | sed 's/^/  switch | /' >&2 || true
   exit 1
 }
 

@@ -87,7 +87,7 @@ move_for_good() {
 host_dies() {
   local host=$1 dir name pid
   # What its kernel knows of connections is gone as well, unheard by anybody.
-  ip -n "$prefix-c$host" link set eth0 down
+  inside "c$host" nft 'add table inet dead; add chain inet dead out { type filter hook output priority raw; policy drop; }'
   inside "c$host" ss -K -t state connected >/dev/null
   kill -KILL "${node_pid[$host]}"
   wait "${node_pid[$host]}" 2>/dev/null || true
@@ -107,6 +107,5 @@ host_dies() {
   wait_until 20 "the device of $host is still there" no_device "$host"
   rm -rf --one-file-system "$work/$host/runc-state" "$work/$host"/*.lease
   inside "c$host" nft flush ruleset
-  ip -n "$prefix-c$host" link set eth0 up
 }
 no_device() { ! grep -qs "$work/$1/" /sys/block/nbd*/backend; }
