@@ -1,4 +1,5 @@
 use super::*;
+use crate::migration::driver::ContainerState;
 
 fn disk(name: &str) -> DiskStatus {
     serde_json::from_value(serde_json::json!({
@@ -106,4 +107,17 @@ fn all_of_it_is_said_only_when_nothing_is_missing() {
     assert!(line(&one).contains(".]"), "{}", line(&one));
     (one.present_bytes, one.missing_bytes) = (1 << 20, 0);
     assert!(line(&one).contains("100 %  1.00 MiB of 1.00 MiB") && line(&one).contains("##]"), "{}", line(&one));
+}
+
+#[test]
+fn a_container_that_does_not_go_on_is_told_with_what_to_type() {
+    let told = "container web DOES NOT GO ON: `lazy-migrate rollback disk` tries again";
+    let mut status = disk("disk");
+    status.container = Some("web".into());
+    let lines = |status: &DiskStatus| {
+        shown(&Screen { disks: vec![status.clone()], ..Screen::default() }, (110, 10), &Style::of(true, "C"))
+    };
+    assert!(!lines(&status).iter().any(|line| line.contains("DOES NOT")));
+    status.container_state = Some(ContainerState::Stuck);
+    assert!(lines(&status).iter().any(|line| line.trim() == told), "{:?}", lines(&status));
 }

@@ -188,24 +188,27 @@ impl SourceHold {
     /// Everything goes on as if nothing had been. The tasks first: clients wait for them. What arrives before they run
     /// waits in their sockets.
     pub async fn thaw(&self, disk: &LazyExport) -> Outcome<()> {
-        let Some(container) = self.held() else {
-            // It was never frozen. What was dumped of it while it ran goes; a rest is in nobody's way.
-            self.pre_dumps.end().await;
-            if let Err(failure) = self.kept.remove().await {
-                tracing::warn!(%failure, "what was dumped of the running container is left behind");
+        let thawed = match self.held() {
+            Some(container) => self.thaw_held(&container, disk).await,
+            // It was never frozen, only dumped while it ran.
+            None => {
+                self.pre_dumps.end().await;
+                Ok(())
             }
-            return Ok(());
         };
-        let thawed = self.thaw_held(&container, disk).await;
-        if thawed.is_ok() {
-            *lock(&self.container) = None;
-            return self.kept.remove().await;
+        if thawed.is_err() {
+            // Whoever likes may write to the disk from now on.
+            if let Err(failure) = self.kept.left_alone(disk.mark().unwrap_or_default()).await {
+                tracing::warn!(%failure, "after a container that does not go on");
+            }
+            return thawed;
         }
-        // Whoever likes may write to the disk from now on.
-        if let Err(failure) = self.kept.left_alone(disk.mark().unwrap_or_default()).await {
-            tracing::warn!(%failure, "after a container that does not go on");
+        *lock(&self.container) = None;
+        // It runs, whatever is left of its images: a rest is in nobody's way.
+        if let Err(failure) = self.kept.remove().await {
+            tracing::warn!(%failure, "what was dumped of the container is left behind");
         }
-        thawed
+        Ok(())
     }
 
     async fn thaw_held(&self, container: &SourceContainer, disk: &LazyExport) -> Outcome<()> {
@@ -218,12 +221,15 @@ impl SourceHold {
                 Ok(found) => found.pid.is_none(),
                 Err(error) => matches!(error, Error::NoSuchContainer { .. }),
             };
-        if gone {
-            self.restore(&*runtime, &id, container, disk).await?;
-            return match self.net_drop(container) {
+        let open = async {
+            match self.net_drop(container) {
                 Some(drop) => open_network(&drop, None).await,
                 None => Ok(()),
-            };
+            }
+        };
+        if gone {
+            self.restore(&*runtime, &id, container, disk).await?;
+            return open.await;
         }
         let thawed = quiesce::thaw(&container.mount).await.map_err(|error| failed(&error));
         let cgroup = lock(&self.cgroup).take();
@@ -231,12 +237,6 @@ impl SourceHold {
         if let Some(Err(error)) = &unfrozen {
             tracing::debug!(error = chain(error), "the runtime has to thaw the container");
         }
-        let open = async {
-            match self.net_drop(container) {
-                Some(drop) => open_network(&drop, None).await,
-                None => Ok(()),
-            }
-        };
         let (opened, resumed) = tokio::join!(open, runtime.thaw(&id));
         let runs = resumed.is_ok() || matches!(unfrozen, Some(Ok(())));
         // Each was tried, whatever became of the others.
