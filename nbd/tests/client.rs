@@ -9,7 +9,7 @@ use bytes::Bytes;
 use common::{Probe, Served, Verdict, acting, serve, until, within};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use nbd::client::{Client, ClientError, ConnectOptions, describe, list, negotiate};
+use nbd::client::{Client, ClientError, ConnectOptions, Greeted, describe, list, negotiate};
 use nbd::export::{Export, STATE_HOLE, STATE_ZERO, ZeroMode};
 use nbd::limits::MAX_PAYLOAD;
 use nbd::server::{Ended, ServeOptions};
@@ -378,6 +378,23 @@ async fn a_server_that_breaks_the_protocol_is_left() {
     let error = within(client.read(0, 512)).await.unwrap_err().to_string();
     assert!(error.contains("a simple reply where a structured one is due"), "{error}");
     within(acting).await.unwrap();
+}
+
+#[tokio::test]
+async fn who_waits_for_the_greeting_is_told_before_the_handshake_ends() {
+    let (ours, mut theirs) = duplex(1 << 10);
+    let greeted = Greeted::default();
+    let options = ConnectOptions { greeted: Some(greeted.clone()), ..ConnectOptions::default() };
+    let connecting = tokio::spawn(async move { Client::handshake(ours, "", &options).await.map(drop) });
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    assert!(!*greeted.borrow());
+    theirs.write_all(b"NBDMAGICIHAVEOPT\0\x03").await.unwrap();
+    greeted.subscribe().wait_for(|greeted| *greeted).await.unwrap();
+    assert!(!connecting.is_finished());
+    drop(theirs);
+    connecting.await.unwrap().unwrap_err();
 }
 
 #[tokio::test]

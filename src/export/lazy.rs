@@ -2,8 +2,8 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nbd::wire::Errno;
@@ -29,7 +29,7 @@ use crate::pull::{PullOrder, PullState, puller};
 use crate::store::{Disk, FileStore, MapFile, MapFiles, Store};
 use crate::tracker::Tracker;
 use crate::units::{BlockSize, ImageMark};
-use crate::upstream::{Connection, Upstream, UpstreamStatus};
+use crate::upstream::{Upstream, UpstreamStatus};
 
 /// A virtual disk that NBD clients use: cheap to clone, all clones are the same export.
 #[derive(Clone)]
@@ -60,8 +60,6 @@ pub(super) struct Inner {
     _local_state: watch::Sender<PullState>,
     pub(super) home: Option<Arc<Home>>,
     links: Option<Arc<Links>>,
-    /// The connection that told the size of a new export: the demand lane begins with it.
-    first: Mutex<Option<Arc<dyn Connection>>>,
     map_files: Option<MapFiles>,
     rate: Arc<RateMeter>,
     cancel: CancellationToken,
@@ -81,8 +79,7 @@ struct Parts {
 
 struct LazyParts {
     config: ExportConfig,
-    upstream: Upstream,
-    first: Option<Arc<dyn Connection>>,
+    links: Arc<Links>,
 }
 
 impl LazyExport {
@@ -111,12 +108,13 @@ impl LazyExport {
     /// A lazily filled export. Goes on where an earlier process stopped; a new one of unknown size asks the upstream.
     /// Nothing is fetched before [`LazyExport::start`].
     pub async fn lazy(config: ExportConfig, upstream: Upstream) -> Result<LazyExport, ExportError> {
-        let (map_file, first) = prepare_map(&config, &upstream).await?;
+        let links = Arc::new(Links::new(upstream));
+        let map_file = prepare_map(&config, &links).await?;
         let size = map_file.header().size;
         let path = config.store_path();
         let fail = |source: io::Error| ExportError::Store { path: path.clone(), source };
         let store = FileStore::open_or_create(&path, size).map_err(fail)?;
-        Self::assemble(config, upstream, first, map_file, Arc::new(store))
+        Self::assemble(config, links, map_file, Arc::new(store))
     }
 
     /// The same over any store, which must have the disk's size and, where there is a map already, its content.
@@ -130,13 +128,12 @@ impl LazyExport {
             Some(map_file) => map_file,
             None => create_map(&config, store.size())?,
         };
-        Self::assemble(config, upstream, None, map_file, store)
+        Self::assemble(config, Arc::new(Links::new(upstream)), map_file, store)
     }
 
     fn assemble(
         config: ExportConfig,
-        upstream: Upstream,
-        first: Option<Arc<dyn Connection>>,
+        links: Arc<Links>,
         map_file: MapFile,
         store: Arc<dyn Store>,
     ) -> Result<LazyExport, ExportError> {
@@ -149,7 +146,7 @@ impl LazyExport {
             disk: Disk::new(store, opened.map, block_size),
             map_file: Some(opened.file),
             map_files: Some(map_files),
-            lazy: Some(LazyParts { config, upstream, first }),
+            lazy: Some(LazyParts { config, links }),
         }))
     }
 
@@ -157,12 +154,12 @@ impl LazyExport {
         let disk = Arc::new(parts.disk);
         let (size, block_size) = (disk.size(), disk.block_size);
         let local_state = watch::Sender::new(PullState::Complete);
-        let (mut fetcher, mut links, mut first, mut home, mut returns) = (None, None, None, None, false);
-        if let Some(LazyParts { config, upstream, first: connection }) = parts.lazy {
+        let (mut fetcher, mut links, mut home, mut returns) = (None, None, None, false);
+        if let Some(LazyParts { config, links: begun }) = parts.lazy {
             let order = PullOrder::new(config.order, block_size, size);
             fetcher = Some(Fetcher::new(disk.clone(), order, config.rate, config.background, config.traffic));
-            links = Some(Arc::new(Links::new(upstream, size)));
-            first = connection;
+            begun.expect(size);
+            links = Some(begun);
             (home, returns) = (config.home, config.returns);
             if let (Some(home), Some(fetcher)) = (&home, &fetcher) {
                 home.goes_before(fetcher.pull_state());
@@ -188,7 +185,6 @@ impl LazyExport {
                 disk_reads: Arc::new(Semaphore::new(DISK_READS)),
                 holes_looked_for: AtomicBool::new(false),
                 links,
-                first: Mutex::new(first),
                 map_files: parts.map_files,
                 rate: Arc::default(),
                 _cancel_with_the_last: cancel.clone().drop_guard(),
@@ -239,9 +235,7 @@ impl LazyExport {
         }
         let lanes = inner.cancel.child_token();
         if !fetcher.disk().map.all_present() {
-            let first = inner.first.lock().unwrap_or_else(PoisonError::into_inner).take().map(|c| links.adopt(c));
-            let demand =
-                lane::run(fetcher.clone(), links.clone(), LaneKind::Demand, first, lanes.clone()).in_current_span();
+            let demand = lane::run(fetcher.clone(), links.clone(), LaneKind::Demand, lanes.clone()).in_current_span();
             match &inner.home {
                 Some(home) => inner.tasks.spawn_on(demand, home.handle()),
                 None => inner.tasks.spawn(demand),
@@ -269,8 +263,8 @@ impl LazyExport {
         inner.cancel.cancel();
         inner.tasks.close();
         inner.tasks.wait().await;
-        if let Some(first) = inner.first.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            first.close();
+        if let Some(links) = &inner.links {
+            links.forget_early();
         }
         inner.flusher.persist().await?;
         if let Some(files) = &inner.map_files {
@@ -459,10 +453,7 @@ fn create_map(config: &ExportConfig, size: u64) -> Result<MapFile, ExportError> 
 }
 
 /// The map of an earlier process, checked against its store; or a new one, for which the store must not hold anything.
-async fn prepare_map(
-    config: &ExportConfig,
-    upstream: &Upstream,
-) -> Result<(MapFile, Option<Arc<dyn Connection>>), ExportError> {
+async fn prepare_map(config: &ExportConfig, links: &Arc<Links>) -> Result<MapFile, ExportError> {
     let path = config.store_path();
     let fail = |source: io::Error| ExportError::Store { path: path.clone(), source };
     std::fs::create_dir_all(&config.directory).map_err(fail)?;
@@ -485,22 +476,24 @@ async fn prepare_map(
                 return Err(ExportError::StoreGone { store: path.clone(), map });
             }
         }
-        return Ok((map_file, None));
+        return Ok(map_file);
     }
     if found.is_some_and(|found| found.is_file() && found.len() > 0) {
         return Err(ExportError::StoreInUse { path: path.clone() });
     }
-    let (size, first) = match config.size {
-        Some(size) => (size, None),
+    let size = match config.size {
+        Some(size) => size,
         None => {
-            let upstream = upstream.clone();
-            let connecting = async move { upstream.connect(None).await };
-            let connection = match &config.home {
+            if config.background {
+                links.dial_extras_early();
+            }
+            let links = links.clone();
+            let connecting = async move { links.dial_early().await };
+            match &config.home {
                 Some(home) => home.run(connecting).await?,
                 None => connecting.await?,
-            };
-            (connection.size(), Some(connection))
+            }
         }
     };
-    Ok((create_map(config, size)?, first))
+    create_map(config, size)
 }

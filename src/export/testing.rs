@@ -13,7 +13,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::{ExportConfig, LazyExport};
 use crate::store::{FaultyStore, MapError, MapFile, Store};
-use crate::upstream::{Connect, Connection, ReadDone, ReadError, Upstream, UpstreamError};
+use crate::upstream::{Connect, Connection, Greeted, ReadDone, ReadError, Upstream, UpstreamError};
 
 /// The disk at the source, and its faults.
 pub(super) struct Source {
@@ -22,6 +22,12 @@ pub(super) struct Source {
     pub(super) reads: Mutex<Vec<(u64, u32)>>,
     pub(super) contexts: HashMap<String, Vec<Extent>>,
     pub(super) connections: AtomicUsize,
+    /// Bytes that each connection, in the order of their beginning, was asked for.
+    pub(super) carried: Mutex<HashMap<usize, u64>>,
+    /// The handshake of the first connection waits after its greeting until there are so many.
+    pub(super) greets_for: AtomicUsize,
+    /// How many there were when it was greeted.
+    pub(super) at_greeting: AtomicUsize,
     /// Answers wait for permits while it is closed.
     pub(super) valve: Semaphore,
     pub(super) valve_used: AtomicBool,
@@ -52,6 +58,9 @@ impl Source {
             reads: Mutex::default(),
             contexts: HashMap::new(),
             connections: AtomicUsize::new(0),
+            carried: Mutex::default(),
+            greets_for: AtomicUsize::new(0),
+            at_greeting: AtomicUsize::new(0),
             valve: Semaphore::new(0),
             valve_used: AtomicBool::new(false),
             refuse: AtomicU64::new(0),
@@ -92,7 +101,22 @@ impl Source {
 struct Dial(Arc<Source>);
 
 impl Connect for Dial {
-    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
+    fn connect<'a>(&'a self, greeted: &'a Greeted) -> BoxFuture<'a, Result<Arc<dyn Connection>, UpstreamError>> {
+        Box::pin(async {
+            let connection = self.connect_to_read().await?;
+            // Who does not wait for the greeting is here by then.
+            for _ in 0..1000 {
+                tokio::task::yield_now().await;
+            }
+            let (source, wanted) = (&self.0, self.0.greets_for.load(Ordering::SeqCst));
+            source.at_greeting.store(source.connections.load(Ordering::SeqCst), Ordering::SeqCst);
+            greeted.send_replace(true);
+            eventually("further connections", || source.connections.load(Ordering::SeqCst) >= wanted).await;
+            Ok(connection)
+        })
+    }
+
+    fn connect_to_read(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
         Box::pin(async {
             if !self.0.reachable.load(Ordering::SeqCst) {
                 let source = std::io::ErrorKind::ConnectionRefused.into();
@@ -102,7 +126,8 @@ impl Connect for Dial {
             if others > 0 && self.0.only_one.load(Ordering::SeqCst) {
                 std::future::pending::<()>().await;
             }
-            Ok(Arc::new(Wire { source: self.0.clone(), cut: self.0.cut.subscribe() }) as Arc<dyn Connection>)
+            let wire = Wire { source: self.0.clone(), number: others, cut: self.0.cut.subscribe() };
+            Ok(Arc::new(wire) as Arc<dyn Connection>)
         })
     }
 
@@ -113,6 +138,7 @@ impl Connect for Dial {
 
 struct Wire {
     source: Arc<Source>,
+    number: usize,
     cut: watch::Receiver<u64>,
 }
 
@@ -133,6 +159,7 @@ impl Connection for Wire {
         let source = self.source.clone();
         let mut cut = self.cut.clone();
         source.reads.lock().unwrap().push((offset, length));
+        *source.carried.lock().unwrap().entry(self.number).or_default() += u64::from(length);
         tokio::spawn(async move {
             let answer = async {
                 if source.valve_used.load(Ordering::SeqCst) {

@@ -175,6 +175,28 @@ async fn a_server_of_one_connection_is_pulled_over_that_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn further_connections_begin_when_the_first_is_greeted_and_share_the_pull() {
+    let size = 96 << 20;
+    let source = Source::new(Source::pattern(size));
+    source.greets_for.store(3, Ordering::SeqCst);
+    let directory = tempfile::tempdir().unwrap();
+    // Of unknown size: the first connection is made before the export is.
+    let config = ExportConfig::new("disk", directory.path(), "test disk");
+    let export = LazyExport::lazy(config, source.upstream()).await.unwrap();
+    assert_eq!(export.size(), size as u64);
+    assert_eq!(source.at_greeting.load(Ordering::SeqCst), 1, "a server of one client takes the first that comes");
+    export.start();
+    complete(&export).await;
+    assert_eq!(source.connections.load(Ordering::SeqCst), 3, "each is used");
+    let carried = source.carried.lock().unwrap().clone();
+    for background in [1, 2] {
+        let bytes = carried.get(&background).copied().unwrap_or(0);
+        assert!(bytes >= size as u64 / 8, "connection {background} hardly carries anything: {carried:?}");
+    }
+    export.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_pauses_the_pull_and_readers_go_on() {
     let source = Source::new(Source::pattern(3 * REGION as usize));
     let lab = Lab::new(source, quiet).await;

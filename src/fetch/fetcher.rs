@@ -4,7 +4,7 @@
 //! to the store between two short holds, and nobody can claim its blocks meanwhile.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -61,6 +61,8 @@ pub struct Fetcher {
     /// The background waits for the end of demand.
     pub(super) held_back: AtomicBool,
     background_wake: [Notify; BACKGROUND_CONNECTIONS],
+    /// How many background lanes have a connection.
+    connected: AtomicUsize,
     /// There is enough for a batch.
     pub(super) write_out_due: Notify,
     all_present: Notify,
@@ -118,6 +120,7 @@ impl Fetcher {
             demand: Mutex::default(),
             held_back: AtomicBool::new(false),
             background_wake: Default::default(),
+            connected: AtomicUsize::new(0),
             write_out_due: Notify::new(),
             all_present: Notify::new(),
             pull_state: watch::Sender::new(first),
@@ -320,13 +323,23 @@ impl Fetcher {
         Carrier(state.carriers)
     }
 
-    /// The next flight for a lane.
-    pub(crate) fn next(&self, lane: LaneKind, carrier: Carrier) -> Next {
+    /// A background lane has a connection, or has none any more.
+    pub(crate) fn set_connected(&self, connected: bool) {
+        if connected {
+            self.connected.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.connected.fetch_sub(1, Ordering::Relaxed);
+            self.wake_background();
+        }
+    }
+
+    /// The next flight for a lane, whose connection has so many bytes in flight.
+    pub(crate) fn next(&self, lane: LaneKind, carrier: Carrier, carried: u64) -> Next {
         let now = self.now();
         let mut state = self.lock();
         let next = match lane {
             LaneKind::Demand => self.next_demand(&mut state, carrier, now),
-            LaneKind::Background(index) => self.next_background(&mut state, index, carrier, now),
+            LaneKind::Background(index) => self.next_background(&mut state, index, carrier, carried, now),
         };
         if let Next::Send(Outgoing { cargo: Cargo::Bytes, class, .. }) = &next {
             let counter = if *class == Class::Background {
@@ -366,7 +379,7 @@ impl Fetcher {
         }
     }
 
-    fn next_background(&self, state: &mut State, lane: usize, carrier: Carrier, now: Duration) -> Next {
+    fn next_background(&self, state: &mut State, lane: usize, carrier: Carrier, carried: u64, now: Duration) -> Next {
         if !self.background() {
             return Next::Wait(None);
         }
@@ -392,7 +405,10 @@ impl Fetcher {
         }
         // While clients fetch, one connection pulls: the other's thread is theirs.
         let is_spare = lane > 0 && room.piece < MAX_FETCH;
-        if is_spare || (flying > 0 && flying + room.piece > room.window) {
+        // The connections share the window: who is answered is also the first to ask again, and would have all of it.
+        let share = room.window / self.connected.load(Ordering::Relaxed).max(1) as u64;
+        let has_its_share = room.piece == MAX_FETCH && carried > 0 && carried + room.piece > share;
+        if is_spare || has_its_share || (flying > 0 && flying + room.piece > room.window) {
             self.held_back.store(true, Ordering::Release);
             // What ends elsewhere wakes nobody here.
             return Next::Wait(if elsewhere { Some(now + DEMAND_REST) } else { room.more_at });

@@ -24,36 +24,24 @@ use crate::upstream::{Connection, LinkState, ReadError};
 
 pub(crate) use super::fetcher::LaneKind;
 
-/// Runs until it is cancelled. Begins with `first` where there is a connection already.
-pub(crate) async fn run(
-    fetcher: Arc<Fetcher>,
-    links: Arc<Links>,
-    lane: LaneKind,
-    first: Option<Link>,
-    cancel: CancellationToken,
-) {
-    let mut first = first;
+/// Runs until it is cancelled.
+pub(crate) async fn run(fetcher: Arc<Fetcher>, links: Arc<Links>, lane: LaneKind, cancel: CancellationToken) {
     let mut pause = RETRY_MIN;
     loop {
-        let link = match first.take() {
-            Some(link) => link,
-            None => {
-                let dialled = tokio::select! {
-                    () = cancel.cancelled() => return,
-                    dialled = links.dial(lane) => dialled,
-                };
-                match dialled {
-                    Ok(link) => link,
-                    Err(error) => {
-                        let at_least = links.failed(lane, &error);
-                        tracing::debug!("{error}; trying again");
-                        if wait(pause.max(at_least), &cancel).await {
-                            return;
-                        }
-                        pause = (pause * 2).min(RETRY_MAX);
-                        continue;
-                    }
+        let dialled = tokio::select! {
+            () = cancel.cancelled() => return,
+            dialled = links.dial(lane) => dialled,
+        };
+        let link = match dialled {
+            Ok(link) => link,
+            Err(error) => {
+                let at_least = links.failed(lane, &error);
+                tracing::debug!("{error}; trying again");
+                if wait(pause.max(at_least), &cancel).await {
+                    return;
                 }
+                pause = (pause * 2).min(RETRY_MAX);
+                continue;
             }
         };
         let ended = carry(&fetcher, &links, &link, lane, &cancel).await;
@@ -104,14 +92,16 @@ async fn carry(
         lane,
         carrier: fetcher.new_carrier(),
         flying: AtomicUsize::new(0),
+        flying_bytes: AtomicU64::new(0),
         progress: AtomicU64::new(0),
         useful: AtomicBool::new(false),
         over: AtomicBool::new(false),
         broken: Mutex::default(),
         breaks: Notify::new(),
     });
-    if lane == LaneKind::Demand {
-        fetcher.set_demand(Some(carriage.clone()));
+    match lane {
+        LaneKind::Demand => fetcher.set_demand(Some(carriage.clone())),
+        LaneKind::Background(_) => fetcher.set_connected(true),
     }
     let mut closed = link.connection.closed();
     let lost = |why| Ended::Lost { why, useful: carriage.useful.load(Ordering::Relaxed) };
@@ -140,8 +130,9 @@ async fn carry(
             }
         }
     };
-    if lane == LaneKind::Demand {
-        fetcher.set_demand(None);
+    match lane {
+        LaneKind::Demand => fetcher.set_demand(None),
+        LaneKind::Background(_) => fetcher.set_connected(false),
     }
     carriage.over.store(true, Ordering::SeqCst);
     fetcher.lost(carriage.carrier);
@@ -164,6 +155,8 @@ pub(crate) struct Carriage {
     lane: LaneKind,
     carrier: Carrier,
     flying: AtomicUsize,
+    /// Bytes of them.
+    flying_bytes: AtomicU64,
     /// When it last answered, or got something to do after a rest: nanoseconds of the fetcher's time.
     progress: AtomicU64,
     useful: AtomicBool,
@@ -183,7 +176,7 @@ impl Carriage {
 
     fn pump(self: &Arc<Self>) -> Pumped {
         loop {
-            match self.fetcher.next(self.lane, self.carrier) {
+            match self.fetcher.next(self.lane, self.carrier, self.flying_bytes.load(Ordering::Relaxed)) {
                 Next::Send(flight) if flight.cargo == Cargo::Zeroes => {
                     self.fetcher.land(&flight, None, Duration::ZERO);
                     if self.lane != LaneKind::Demand {
@@ -203,6 +196,7 @@ impl Carriage {
         }
         let bytes = self.bytes_of(&flight);
         let expected = bytes.len();
+        self.flying_bytes.fetch_add(expected, Ordering::Relaxed);
         let carriage = self.clone();
         if flight.class == Class::Background || self.goes_by_the_store(expected) {
             let runway = Runway::new(self.fetcher.clone(), flight, self.carrier);
@@ -243,6 +237,7 @@ impl Carriage {
             return;
         }
         self.flying.fetch_sub(1, Ordering::Relaxed);
+        self.flying_bytes.fetch_sub(self.bytes_of(flight).len(), Ordering::Relaxed);
         match result {
             Ok(landing) => {
                 let now = self.fetcher.now();

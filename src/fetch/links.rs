@@ -1,24 +1,41 @@
 //! The connections to the upstream: one for demand, further ones for the background where the server allows them.
+//!
+//! Each costs some round trips. Where the upstream has to be asked for the disk's size they begin before the export does, the
+//! further ones as soon as the server has greeted the first: one that serves a single client must not take another for it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::fetcher::LaneKind;
-use crate::limits::EXTRA_CONNECT_TIMEOUT;
-use crate::upstream::{Connection, LinkReport, LinkState, Upstream, UpstreamError};
+use crate::limits::{BACKGROUND_CONNECTIONS, EXTRA_CONNECT_TIMEOUT};
+use crate::upstream::{Connection, Greeted, LinkReport, LinkState, Upstream, UpstreamError};
+
+type Dialled = Result<Arc<dyn Connection>, UpstreamError>;
 
 /// How lanes get their connections.
 pub(crate) struct Links {
     upstream: Upstream,
-    size: u64,
+    /// Of the disk, in bytes, once it is known.
+    size: OnceLock<u64>,
     pub(crate) report: LinkReport,
     /// The demand lane's, while it has one.
     demand: watch::Sender<Option<Arc<dyn Connection>>>,
+    /// The server has taken the demand connection, or the one that is to be it.
+    greeted: Greeted,
     /// The server left a second connection waiting: it serves one client at a time.
     only_one: AtomicBool,
+    early: Mutex<Early>,
+}
+
+/// What was begun before the lanes.
+#[derive(Default)]
+struct Early {
+    demand: Option<Arc<dyn Connection>>,
+    extras: Vec<AbortOnDropHandle<Dialled>>,
 }
 
 /// A connection for a lane.
@@ -29,20 +46,71 @@ pub(crate) struct Link {
 }
 
 impl Links {
-    pub(crate) fn new(upstream: Upstream, size: u64) -> Links {
+    pub(crate) fn new(upstream: Upstream) -> Links {
         let report = LinkReport::default();
         report.update(|status| {
             status.target = upstream.describe();
             status.state = LinkState::Connecting;
         });
-        Links { upstream, size, report, demand: watch::Sender::new(None), only_one: AtomicBool::new(false) }
+        Links {
+            upstream,
+            size: OnceLock::new(),
+            report,
+            demand: watch::Sender::new(None),
+            greeted: Greeted::default(),
+            only_one: AtomicBool::new(false),
+            early: Mutex::default(),
+        }
+    }
+
+    /// The disk's size, before the lanes begin: a connection to another one is none.
+    pub(crate) fn expect(&self, size: u64) {
+        // It does not change.
+        let _ = self.size.set(size);
+    }
+
+    /// One try for the demand connection, which says how many bytes the disk has.
+    pub(crate) async fn dial_early(&self) -> Result<u64, UpstreamError> {
+        let connection = self.upstream.connect(None, &self.greeted).await?;
+        let size = connection.size();
+        self.early().demand = Some(connection);
+        Ok(size)
+    }
+
+    /// The background's connections begin when the server has greeted the demand connection.
+    pub(crate) fn dial_extras_early(&self) {
+        let dial = || {
+            let (upstream, mut greeted) = (self.upstream.clone(), self.greeted.subscribe());
+            AbortOnDropHandle::new(tokio::spawn(async move {
+                // They are dropped with the sender.
+                let _ = greeted.wait_for(|greeted| *greeted).await;
+                upstream.connect_to_read(None).await
+            }))
+        };
+        self.early().extras = (0..BACKGROUND_CONNECTIONS).map(|_| dial()).collect();
+    }
+
+    /// Closes what no lane has taken.
+    pub(crate) fn forget_early(&self) {
+        let early = std::mem::take(&mut *self.early());
+        if let Some(connection) = early.demand {
+            connection.close();
+        }
+    }
+
+    fn early(&self) -> MutexGuard<'_, Early> {
+        self.early.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// One try.
     pub(crate) async fn dial(&self, lane: LaneKind) -> Result<Link, UpstreamError> {
         match lane {
             LaneKind::Demand => {
-                let connection = self.upstream.connect(Some(self.size)).await?;
+                let early = self.early().demand.take();
+                let connection = match early {
+                    Some(connection) => connection,
+                    None => self.upstream.connect(self.size.get().copied(), &self.greeted).await?,
+                };
                 Ok(self.adopt(connection))
             }
             LaneKind::Background(_) => self.dial_extra().await,
@@ -56,7 +124,20 @@ impl Links {
         {
             return Ok(link);
         }
-        match tokio::time::timeout(EXTRA_CONNECT_TIMEOUT, self.upstream.connect_to_read(Some(self.size))).await {
+        let _ = self.greeted.subscribe().wait_for(|greeted| *greeted).await;
+        let early = self.early().extras.pop();
+        let size = self.size.get().copied();
+        let dialling = async {
+            let early = match early {
+                Some(early) => early.await.ok(),
+                None => None,
+            };
+            match (early, size) {
+                (Some(dialled), Some(size)) => dialled.and_then(|connection| self.upstream.check(size, connection)),
+                _ => self.upstream.connect_to_read(size).await,
+            }
+        };
+        match tokio::time::timeout(EXTRA_CONNECT_TIMEOUT, dialling).await {
             Ok(Ok(connection)) => Ok(Link { connection, shared: false }),
             Ok(Err(error)) if error.is_fatal() => Err(error),
             Ok(Err(error)) => shared().ok_or(error),
@@ -87,8 +168,9 @@ impl Links {
     }
 
     /// A connection becomes the demand lane's.
-    pub(crate) fn adopt(&self, connection: Arc<dyn Connection>) -> Link {
+    fn adopt(&self, connection: Arc<dyn Connection>) -> Link {
         self.only_one.store(false, Ordering::Release);
+        self.greeted.send_replace(true);
         self.demand.send_replace(Some(connection.clone()));
         self.report.update(|status| status.state = LinkState::Connected);
         Link { connection, shared: false }
@@ -96,6 +178,7 @@ impl Links {
 
     /// The demand lane has lost its connection.
     pub(crate) fn retire(&self, why: &str) {
+        self.greeted.send_replace(false);
         self.demand.send_replace(None);
         self.report.update(|status| {
             status.state = LinkState::Lost;
@@ -111,6 +194,9 @@ impl Links {
 
     /// A try failed; answers how long to wait before the next one at least.
     pub(crate) fn failed(&self, lane: LaneKind, error: &UpstreamError) -> Duration {
+        if lane == LaneKind::Demand {
+            self.greeted.send_replace(false);
+        }
         self.report.update(|status| {
             status.last_error = Some(error.to_string());
             if error.is_fatal() {

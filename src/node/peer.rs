@@ -190,13 +190,16 @@ impl Node {
         hold.prepare().await?;
         let reached = async {
             let upstream = self.migration_upstream(disk.name(), &source);
-            let connection = upstream.connect(Some(disk.spec.size)).await.map_err(|error| {
-                Failure::unreachable(format!(
-                    "cannot read the disk from its source: {}; is the source's peer address reachable from here \
+            let connection = upstream
+                .connect(Some(disk.spec.size), &crate::upstream::Greeted::default())
+                .await
+                .map_err(|error| {
+                    Failure::unreachable(format!(
+                        "cannot read the disk from its source: {}; is the source's peer address reachable from here \
                      (--advertise)?",
-                    chain(&error)
-                ))
-            })?;
+                        chain(&error)
+                    ))
+                })?;
             connection.close();
             Ok(())
         };

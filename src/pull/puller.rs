@@ -35,7 +35,7 @@ pub(crate) async fn run(fetcher: Arc<Fetcher>, links: Arc<Links>, returns: bool,
     fetcher.with_order(PullOrder::expect_zero);
     let lanes = join_all(
         (0..BACKGROUND_CONNECTIONS)
-            .map(|index| lane::run(fetcher.clone(), links.clone(), lane_kind(index), None, cancel.clone())),
+            .map(|index| lane::run(fetcher.clone(), links.clone(), lane_kind(index), cancel.clone())),
     );
     let maps = async {
         tokio::select! {

@@ -14,6 +14,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 /// A byte stream to a server.
 pub use nbd::Transport as Stream;
+pub use nbd::client::Greeted;
 use nbd::client::Sink;
 use nbd::export::Extent;
 use nbd::tls::TlsClient;
@@ -35,12 +36,10 @@ pub trait Dialer: Send + Sync + 'static {
 
 /// Makes connections to one export of a server.
 pub trait Connect: Send + Sync + 'static {
-    /// A new connection.
-    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>>;
+    /// A new connection. `greeted` is set as soon as the server has taken it, which may be round trips before its end.
+    fn connect<'a>(&'a self, greeted: &'a Greeted) -> BoxFuture<'a, Result<Arc<dyn Connection>, UpstreamError>>;
     /// The same for reads alone: without what costs a round trip and reads have no use for.
-    fn connect_to_read(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
-        self.connect()
-    }
+    fn connect_to_read(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>>;
     /// For people: where it leads.
     fn describe(&self) -> String;
 }
@@ -181,8 +180,13 @@ impl Upstream {
     }
 
     /// One try for a connection, which must be to a disk of the expected size where that is known.
-    pub async fn connect(&self, expected: Option<u64>) -> Result<Arc<dyn Connection>, UpstreamError> {
-        self.expect(expected, self.connect.connect()).await
+    /// `greeted` is set as soon as the server has taken it.
+    pub async fn connect(
+        &self,
+        expected: Option<u64>,
+        greeted: &Greeted,
+    ) -> Result<Arc<dyn Connection>, UpstreamError> {
+        self.expect(expected, self.connect.connect(greeted)).await
     }
 
     /// The same for one that only reads: [`Connection::has_context`] may say no.
@@ -203,13 +207,19 @@ impl Upstream {
             }
         };
         match expected {
-            Some(expected) if expected != connection.size() => {
-                let found = connection.size();
-                connection.close();
-                Err(UpstreamError::WrongSize { target: self.describe(), found, expected })
-            }
-            _ => Ok(connection),
+            Some(expected) => self.check(expected, connection),
+            None => Ok(connection),
         }
+    }
+
+    /// A connection, if it is to a disk of that size; otherwise it is closed.
+    pub fn check(&self, expected: u64, connection: Arc<dyn Connection>) -> Result<Arc<dyn Connection>, UpstreamError> {
+        let found = connection.size();
+        if found == expected {
+            return Ok(connection);
+        }
+        connection.close();
+        Err(UpstreamError::WrongSize { target: self.describe(), found, expected })
     }
 }
 

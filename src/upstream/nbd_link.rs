@@ -14,7 +14,7 @@ use nbd::uri::NbdUri;
 use nbd::wire::Framing;
 use tokio::net::{TcpStream, UnixStream};
 
-use super::{Connect, Connection, Dialer, ReadDone, ReadError, Stream, StreamDone, UpstreamError};
+use super::{Connect, Connection, Dialer, Greeted, ReadDone, ReadError, Stream, StreamDone, UpstreamError};
 use crate::limits::CONNECT_TIMEOUT;
 use crate::pull::CONTEXTS;
 
@@ -71,7 +71,7 @@ impl NbdConnect {
         Ok(NbdConnect { dialer: Arc::new(UriDialer { uri: parsed }), export, tls })
     }
 
-    async fn with(&self, contexts: &[&str]) -> Result<Arc<dyn Connection>, UpstreamError> {
+    async fn with(&self, contexts: &[&str], greeted: Option<&Greeted>) -> Result<Arc<dyn Connection>, UpstreamError> {
         let dialled = self.dialer.dial().await;
         let stream = dialled.map_err(|source| UpstreamError::Dial { target: self.describe(), source })?;
         let options = ConnectOptions {
@@ -80,6 +80,7 @@ impl NbdConnect {
             contexts: contexts.iter().map(|name| (*name).to_owned()).collect(),
             time: CONNECT_TIMEOUT,
             tls: self.tls.clone(),
+            greeted: greeted.cloned(),
             ..ConnectOptions::default()
         };
         match Client::handshake(stream, &self.export, &options).await {
@@ -90,12 +91,12 @@ impl NbdConnect {
 }
 
 impl Connect for NbdConnect {
-    fn connect(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
-        Box::pin(self.with(&CONTEXTS))
+    fn connect<'a>(&'a self, greeted: &'a Greeted) -> BoxFuture<'a, Result<Arc<dyn Connection>, UpstreamError>> {
+        Box::pin(self.with(&CONTEXTS, Some(greeted)))
     }
 
     fn connect_to_read(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>> {
-        Box::pin(self.with(&[]))
+        Box::pin(self.with(&[], None))
     }
 
     fn describe(&self) -> String {

@@ -10,7 +10,7 @@ use nbd::export::{Answer, Export, Exports, ReadAnswer};
 use nbd::server::{ServeOptions, serve_connection};
 use tokio_util::sync::CancellationToken;
 
-use super::{Dialer, Stream, Upstream, UpstreamError};
+use super::{Dialer, Greeted, Stream, Upstream, UpstreamError};
 use crate::export::{ExportConfig, LazyExport, PullState};
 use crate::store::{FileStore, Store};
 
@@ -58,7 +58,8 @@ async fn one_node_fills_itself_from_another_with_its_heat_and_its_holes() {
         Answer::Later(_) => panic!("a local write is answered at once"),
     }
     let dialer = Arc::new(Memory(Arc::new(One(source.clone()))));
-    let unknown = Upstream::dialed(dialer.clone(), "nothing").connect(None).await.map(drop).unwrap_err();
+    let unknown =
+        Upstream::dialed(dialer.clone(), "nothing").connect(None, &Greeted::default()).await.map(drop).unwrap_err();
     assert!(matches!(unknown, UpstreamError::Handshake { .. }), "{unknown}");
     let upstream = Upstream::dialed(dialer, "disk");
     let config = ExportConfig::new("disk", directory.path().join("lazy"), "disk@source");

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::{ClientError, Reconnect};
@@ -37,7 +38,13 @@ pub struct ConnectOptions {
     /// Encrypt the connection with STARTTLS before anything else is asked, and leave a server that refuses; `None`: as
     /// the URI says.
     pub tls: Option<ClientTls>,
+    /// Set when the server has said its first word: it has taken this connection, so that none that is begun from then on
+    /// takes its place where the server serves so many at a time.
+    pub greeted: Option<Greeted>,
 }
+
+/// Whether a server has greeted.
+pub type Greeted = watch::Sender<bool>;
 
 impl Default for ConnectOptions {
     fn default() -> ConnectOptions {
@@ -47,6 +54,7 @@ impl Default for ConnectOptions {
             time: HANDSHAKE_TIME,
             reconnect: None,
             tls: None,
+            greeted: None,
         }
     }
 }
@@ -211,7 +219,7 @@ where
         let mut stream = MaybeTls::Plain(stream);
         let mut out = BytesMut::new();
         loop {
-            let outcome = converse(&mut stream, &mut negotiation, &mut out).await?;
+            let outcome = converse(&mut stream, &mut negotiation, &mut out, options.greeted.as_ref()).await?;
             stream = match (outcome, stream, &options.tls) {
                 (Outcome::StartTls, MaybeTls::Plain(stream), Some(client)) => {
                     let host = client.host.as_deref().unwrap_or(LOCAL);
@@ -226,7 +234,12 @@ where
 }
 
 /// Asks and is answered until the negotiation has an outcome; what is in `out` goes first.
-async fn converse<S>(stream: &mut S, negotiation: &mut Negotiation, out: &mut BytesMut) -> Result<Outcome, ClientError>
+async fn converse<S>(
+    stream: &mut S,
+    negotiation: &mut Negotiation,
+    out: &mut BytesMut,
+    greeted: Option<&Greeted>,
+) -> Result<Outcome, ClientError>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin,
 {
@@ -246,6 +259,9 @@ where
         }
         if received.map_err(failed)? == 0 {
             return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        if let Some(greeted) = greeted {
+            greeted.send_replace(true);
         }
     }
 }

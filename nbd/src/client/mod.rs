@@ -27,7 +27,7 @@ use crate::transport::Transport;
 use crate::uri::NbdUri;
 use crate::wire::{Command, Framing, TransmissionFlags};
 
-pub use self::connect::{ConnectOptions, describe, list, list_contexts, negotiate};
+pub use self::connect::{ConnectOptions, Greeted, describe, list, list_contexts, negotiate};
 pub use self::error::ClientError;
 pub use self::reconnect::Reconnect;
 pub use self::sink::Sink;

@@ -18,13 +18,14 @@ pub(crate) use verify::checksums;
 pub use verify::verify;
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures::future::BoxFuture;
 
 use super::journal::OwnershipRecord;
 use super::machine::Denied;
 use super::record::Record;
-use crate::error::{Failure, chain};
+use crate::error::{Failure, Outcome, chain};
 use crate::units::Epoch;
 
 /// A disk's record of ownership, shared by the migrations that follow one another.
@@ -35,6 +36,11 @@ const COMMANDS: usize = 64;
 
 /// What is suggested to a caller who comes while another command is being done.
 const BUSY_RETRY_MS: u64 = 500;
+
+/// How often what is left of a migration is tried to be removed before that is left to the node's next start, and how long
+/// between.
+const REMOVE_TRIES: u32 = 5;
+const REMOVE_PAUSE: Duration = Duration::from_secs(2);
 
 /// Appends a record off the runtime's threads: it syncs.
 async fn append(journal: &SharedRecord, record: Record) -> Result<(), Failure> {
@@ -54,6 +60,17 @@ async fn append(journal: &SharedRecord, record: Record) -> Result<(), Failure> {
 /// The disk's span is told where the migration is, so that its lines in the log say so.
 fn note(epoch: Epoch, phase: &'static str) {
     tracing::Span::current().record("epoch", epoch.0).record("phase", phase);
+}
+
+/// Removes what is left of `what` on this host; tries again when something there is still held, which passes.
+async fn remove_all<F: Future<Output = Outcome<()>>>(what: &str, remove: impl Fn() -> F) {
+    for left in (0..REMOVE_TRIES).rev() {
+        let Err(failure) = remove().await else { return };
+        tracing::error!(%failure, left, "what is left of {what} could not be removed");
+        if left > 0 {
+            tokio::time::sleep(REMOVE_PAUSE).await;
+        }
+    }
 }
 
 async fn pending<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::container::SourceHold;
-use super::{COMMANDS, SharedRecord, append, denied, driver_gone, note, pending};
+use super::{COMMANDS, SharedRecord, append, denied, driver_gone, note, pending, remove_all};
 use crate::clock;
 use crate::error::{Failure, Kind, Outcome};
 use crate::export::{GateMode, LazyExport};
@@ -369,9 +369,7 @@ fn perform(world: Arc<SourceWorld>, record: SourceRecord, effect: SourceEffect) 
                 }))
             }
             SourceEffect::ReleaseContainer => {
-                if let Err(failure) = world.hold.release().await {
-                    tracing::error!(disk = world.disk, %failure, "what is left of the container could not be removed");
-                }
+                remove_all("the container that has moved", || world.hold.release()).await;
                 SourceEvent::Done
             }
             SourceEffect::Answer(_) => SourceEvent::Done,

@@ -18,7 +18,7 @@ use handle::Command;
 pub use handle::{ContainerState, DestinationHandle, DestinationView, DestinationWorld};
 
 use super::verify::Verifier;
-use super::{note, pending};
+use super::{note, pending, remove_all};
 use crate::clock;
 use crate::error::{Failure, Outcome};
 use crate::migration::lease::Beat;
@@ -31,10 +31,6 @@ use crate::units::BootTime;
 /// How often it is looked whether a read starves.
 const MIN_LOOK: Duration = Duration::from_millis(20);
 const MAX_LOOK: Duration = Duration::from_secs(1);
-
-/// How often what is discarded is tried to be removed before that is left to the node's next start, and how long between.
-const TEAR_DOWN_TRIES: u32 = 5;
-const TEAR_DOWN_PAUSE: Duration = Duration::from_secs(2);
 
 type BeatResult = (Beat, Result<BeatAnswer, String>);
 
@@ -257,13 +253,7 @@ impl Driver {
                             let _ = reply.send(outcome.clone());
                         }
                     }
-                    for left in (0..TEAR_DOWN_TRIES).rev() {
-                        let Err(failure) = hold.tear_down(owned).await else { break };
-                        tracing::error!(%failure, left, "what is left of the discarded migration could not be removed");
-                        if left > 0 {
-                            tokio::time::sleep(TEAR_DOWN_PAUSE).await;
-                        }
-                    }
+                    remove_all("the discarded migration", || hold.tear_down(owned)).await;
                     DestinationEvent::Done
                 }));
                 return;
