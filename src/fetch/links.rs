@@ -82,8 +82,10 @@ impl Links {
         let dial = || {
             let (upstream, mut greeted) = (self.upstream.clone(), self.greeted.subscribe());
             AbortOnDropHandle::new(tokio::spawn(async move {
-                // They are dropped with the sender.
-                let _ = greeted.wait_for(|greeted| *greeted).await;
+                if greeted.wait_for(|greeted| *greeted).await.is_err() {
+                    // The sender goes with whoever would use the connection.
+                    std::future::pending::<()>().await;
+                }
                 upstream.connect_to_read(None).await
             }))
         };

@@ -107,3 +107,23 @@ pub(crate) fn denied(denied: Denied) -> Failure {
 fn driver_gone() -> Failure {
     Failure::unreachable("the node is shutting down; start it again, it goes on where it was")
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_still_held_is_removed_when_it_is_let_go() {
+        for (held_for, tries) in [(0, 1), (2, 3), (u32::MAX, REMOVE_TRIES)] {
+            let tried = Cell::new(0);
+            let remove = || async {
+                tried.set(tried.get() + 1);
+                if tried.get() > held_for { Ok(()) } else { Err(Failure::failed("the mount is busy")) }
+            };
+            remove_all("a test", remove).await;
+            assert_eq!(tried.get(), tries, "held for {held_for} tries");
+        }
+    }
+}
