@@ -12,7 +12,7 @@ use lazy_migrate::peer::client::{CallError, PeerClient};
 use lazy_migrate::peer::link::{NodeTls, PeerAddress};
 use lazy_migrate::peer::nbd::PeerDialer;
 use lazy_migrate::peer::{PREAMBLE_MESSAGES, Request, Subject, images};
-use lazy_migrate::upstream::Upstream;
+use lazy_migrate::upstream::{Greeted, Upstream};
 
 use crate::pair::{MIB, Wire};
 use crate::support::{Background, Node, PATIENCE, Said, free_port, hash, program, random_image, run, wait_for};
@@ -166,7 +166,8 @@ fn another_host_says_nothing_about_a_migration_and_reads_nothing_of_it() {
             }
         }
         let upstream = Upstream::dialed(std::sync::Arc::new(PeerDialer::new(to_a.clone())), "web");
-        let error = upstream.connect(None).await.err().expect("the blocks are not for it").to_string();
+        let error =
+            upstream.connect(None, &Greeted::default()).await.err().expect("the blocks are not for it").to_string();
         assert!(error.contains("no such export"), "{error}");
         // The word of a checkpoint is refused as well; it says so in its answer.
         let stream = images::dial(&to_b, &subject).await.unwrap();
