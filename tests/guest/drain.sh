@@ -102,8 +102,12 @@ left_on_a() {
   find "/sys/fs/cgroup/$prefix-a" -mindepth 1 -type d 2>/dev/null
   true
 }
-a_is_empty() { [ -z "$(left_on_a)" ]; }
-wait_until 20 "left on A: $(left_on_a)" a_is_empty
+# What is held for a moment is tried again every two seconds.
+end=$((SECONDS + 40))
+while left=$(left_on_a) && [ -n "$left" ]; do
+  [ "$SECONDS" -lt "$end" ] || fail "left on A: $left"
+  sleep 0.05
+done
 drained || fail "a second time: $(tail -n 1 "$work/said")"
 tail -n 1 "$work/said" | grep -qx 'drain: nothing to move' || fail "a second time: $(tail -n 1 "$work/said")"
 for name in "${names[@]}"; do on a remove "$name" >&2; done
