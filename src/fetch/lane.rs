@@ -6,7 +6,7 @@
 //! two changes of task, to the connection and back to the reader. It never gives up: while the upstream is away its
 //! flights wait in the queue.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -91,8 +91,7 @@ async fn carry(
         connection: link.connection.clone(),
         lane,
         carrier: fetcher.new_carrier(),
-        flying: AtomicUsize::new(0),
-        flying_bytes: AtomicU64::new(0),
+        flying: AtomicU64::new(0),
         progress: AtomicU64::new(0),
         useful: AtomicBool::new(false),
         over: AtomicBool::new(false),
@@ -154,9 +153,8 @@ pub(crate) struct Carriage {
     connection: Arc<dyn Connection>,
     lane: LaneKind,
     carrier: Carrier,
-    flying: AtomicUsize,
-    /// Bytes of them.
-    flying_bytes: AtomicU64,
+    /// Bytes that were asked for and not answered.
+    flying: AtomicU64,
     /// When it last answered, or got something to do after a rest: nanoseconds of the fetcher's time.
     progress: AtomicU64,
     useful: AtomicBool,
@@ -176,7 +174,7 @@ impl Carriage {
 
     fn pump(self: &Arc<Self>) -> Pumped {
         loop {
-            match self.fetcher.next(self.lane, self.carrier, self.flying_bytes.load(Ordering::Relaxed)) {
+            match self.fetcher.next(self.lane, self.carrier, self.flying.load(Ordering::Relaxed)) {
                 Next::Send(flight) if flight.cargo == Cargo::Zeroes => {
                     self.fetcher.land(&flight, None, Duration::ZERO);
                     if self.lane != LaneKind::Demand {
@@ -191,12 +189,11 @@ impl Carriage {
 
     fn send(self: &Arc<Self>, flight: Outgoing) {
         let sent = self.fetcher.now();
-        if self.flying.fetch_add(1, Ordering::Relaxed) == 0 {
-            self.made_progress(sent);
-        }
         let bytes = self.bytes_of(&flight);
         let expected = bytes.len();
-        self.flying_bytes.fetch_add(expected, Ordering::Relaxed);
+        if self.flying.fetch_add(expected, Ordering::Relaxed) == 0 {
+            self.made_progress(sent);
+        }
         let carriage = self.clone();
         if flight.class == Class::Background || self.goes_by_the_store(expected) {
             let runway = Runway::new(self.fetcher.clone(), flight, self.carrier);
@@ -236,8 +233,7 @@ impl Carriage {
         if self.over.load(Ordering::SeqCst) {
             return;
         }
-        self.flying.fetch_sub(1, Ordering::Relaxed);
-        self.flying_bytes.fetch_sub(self.bytes_of(flight).len(), Ordering::Relaxed);
+        self.flying.fetch_sub(self.bytes_of(flight).len(), Ordering::Relaxed);
         match result {
             Ok(landing) => {
                 let now = self.fetcher.now();
