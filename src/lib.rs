@@ -21,6 +21,7 @@ pub mod node;
 pub mod peer;
 pub mod pull;
 pub mod store;
+pub mod thread;
 pub mod tracker;
 pub mod units;
 pub mod upstream;

@@ -67,6 +67,9 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// (`qemu-nbd` without `--shared`) leave it waiting for as long as the first one lives.
 pub const EXTRA_CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long saying goodbye to an upstream may take.
+pub const GOODBYE_TIME: Duration = Duration::from_millis(200);
+
 /// A connection with requests in flight and no reply for this long counts as lost.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
 

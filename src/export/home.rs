@@ -2,36 +2,33 @@
 //!
 //! From a client's request to the upstream and back, everything is done on one thread: nobody has to be woken but by the two
 //! sockets. It takes no part in the node's other work, so a slow disk or a busy client holds up its own export and
-//! neither another one nor the messages between nodes. The background pull is not here: it has the node's threads.
+//! neither another one nor the messages between nodes. The background pull is not here: it has a thread too (`fetch::threads`).
 //!
 //! Where one request follows the other, what takes the time is that threads fall asleep and are woken on another processor.
 //! So before this one sleeps it lets others have its processor once: a client or a source that was only waiting for it
 //! runs at once, and mostly there is something to do again when it comes back. Where nobody waits, it costs one system call a
 //! sleep. And it asks the kernel for short turns, so that it need not wait for the end of a long one of somebody else's.
 
-use std::future::{Future, pending};
+use std::future::Future;
 use std::io;
 use std::mem::MaybeUninit;
-use std::panic::resume_unwind;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
 use nix::errno::Errno;
 use nix::libc::{SCHED_OTHER, SYS_sched_getattr, SYS_sched_setattr, c_uint, sched_attr, syscall};
-use tokio::runtime::{Builder, Handle};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio_util::sync::{CancellationToken, DropGuard};
-use tokio_util::task::AbortOnDropHandle;
 
 use crate::limits::SHORT_TURN;
 use crate::pull::PullState;
+use crate::thread::{OwnThread, run_on};
 
 /// Ends with the last reference to it; what still runs there is dropped.
 #[derive(Debug)]
 pub struct Home {
-    handle: Handle,
+    thread: OwnThread,
     pull: Arc<OnceLock<watch::Receiver<PullState>>>,
-    _end: DropGuard,
 }
 
 impl Home {
@@ -49,19 +46,13 @@ impl Home {
                 }
             }
         };
-        let runtime = Builder::new_current_thread().enable_all().on_thread_park(give_way).build()?;
-        let handle = runtime.handle().clone();
-        let end = CancellationToken::new();
-        let ended = end.clone();
-        thread::Builder::new().name(format!("disk {name}")).spawn(move || {
+        let begin = || {
             if let Err(errno) = take_short_turns() {
                 tracing::debug!("the kernel gives no short turns: {errno}");
             }
-            runtime.block_on(ended.cancelled());
-            // Blocking file work that nobody waits for must not keep the thread.
-            runtime.shutdown_background();
-        })?;
-        Ok(Arc::new(Home { handle, pull, _end: end.drop_guard() }))
+        };
+        let thread = OwnThread::start(format!("disk {name}"), begin, give_way)?;
+        Ok(Arc::new(Home { thread, pull }))
     }
 
     /// The thread does not give way while this pull runs, which wants the processors for long: it would wait behind the pull
@@ -73,19 +64,13 @@ impl Home {
 
     /// To run tasks there.
     pub fn handle(&self) -> &Handle {
-        &self.handle
+        self.thread.handle()
     }
 
     /// Has something done there, with the sockets that it opens.
     pub async fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> T {
-        match AbortOnDropHandle::new(self.handle.spawn(work)).await {
-            Ok(done) => done,
-            Err(error) => match error.try_into_panic() {
-                Ok(panic) => resume_unwind(panic),
-                // The thread lives as long as this reference to it.
-                Err(_) => pending().await,
-            },
-        }
+        // The thread lives as long as this reference to it.
+        run_on(self.handle().clone(), work).await
     }
 }
 
@@ -132,6 +117,7 @@ mod tests {
     use nbd::memory::SingleExport;
     use nbd::server::{Listener, ServeOptions};
     use nbd::uri::NbdUri;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::export::LazyExport;
@@ -182,18 +168,6 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_has_one_thread_of_its_own() {
-        let home = Home::new("web").unwrap();
-        let here = thread::current().id();
-        let there = || async { (thread::current().id(), thread::current().name().map(str::to_owned)) };
-        let (first, name) = home.run(there()).await;
-        let (second, _) = home.run(there()).await;
-        assert_ne!(first, here);
-        assert_eq!(first, second);
-        assert_eq!(name.as_deref(), Some("disk web"));
-    }
-
-    #[tokio::test]
     async fn its_turns_are_short() {
         let home = Home::new("web").unwrap();
         let (its, ours) = (home.run(async { scheduling() }).await.unwrap(), scheduling().unwrap());
@@ -212,17 +186,5 @@ mod tests {
             pull.send_replace(state);
             assert_eq!(may_give_way(&home.pull), state != PullState::Pulling);
         }
-    }
-
-    #[tokio::test]
-    async fn it_ends_with_the_last_reference_and_takes_its_tasks_along() {
-        let home = Home::new("web").unwrap();
-        let (kept, gone) = tokio::sync::oneshot::channel::<()>();
-        home.handle().spawn(async move {
-            let _kept = kept;
-            pending::<()>().await;
-        });
-        drop(home);
-        assert!(gone.await.is_err(), "the task was dropped");
     }
 }

@@ -108,7 +108,7 @@ impl LazyExport {
     /// A lazily filled export. Goes on where an earlier process stopped; a new one of unknown size asks the upstream.
     /// Nothing is fetched before [`LazyExport::start`].
     pub async fn lazy(config: ExportConfig, upstream: Upstream) -> Result<LazyExport, ExportError> {
-        let links = Arc::new(Links::new(upstream));
+        let links = Arc::new(Links::new(upstream, own_threads(&config)));
         let map_file = prepare_map(&config, &links).await?;
         let size = map_file.header().size;
         let path = config.store_path();
@@ -128,7 +128,8 @@ impl LazyExport {
             Some(map_file) => map_file,
             None => create_map(&config, store.size())?,
         };
-        Self::assemble(config, Arc::new(Links::new(upstream)), map_file, store)
+        let links = Arc::new(Links::new(upstream, own_threads(&config)));
+        Self::assemble(config, links, map_file, store)
     }
 
     fn assemble(
@@ -264,7 +265,7 @@ impl LazyExport {
         inner.tasks.close();
         inner.tasks.wait().await;
         if let Some(links) = &inner.links {
-            links.forget_early();
+            links.forget_early().await;
         }
         inner.flusher.persist().await?;
         if let Some(files) = &inner.map_files {
@@ -431,6 +432,11 @@ async fn supervise(s: Supervised) {
             persisted = Instant::now();
         }
     }
+}
+
+/// The name for the threads of its pull, where it has threads of its own.
+fn own_threads(config: &ExportConfig) -> Option<String> {
+    config.home.is_some().then(|| config.name.clone())
 }
 
 fn open_map(config: &ExportConfig) -> Result<Option<MapFile>, ExportError> {

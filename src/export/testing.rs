@@ -131,6 +131,10 @@ impl Connect for Dial {
         })
     }
 
+    fn is_encrypted(&self) -> bool {
+        false
+    }
+
     fn describe(&self) -> String {
         "the source".into()
     }
@@ -206,7 +210,9 @@ impl Connection for Wire {
         })
     }
 
-    fn close(&self) {}
+    fn close(&self) -> BoxFuture<'static, ()> {
+        Box::pin(std::future::ready(()))
+    }
 }
 
 /// An export over a source, its store, and the directory of its maps.

@@ -46,7 +46,7 @@ pub(crate) async fn run(fetcher: Arc<Fetcher>, links: Arc<Links>, lane: LaneKind
         };
         let ended = carry(&fetcher, &links, &link, lane, &cancel).await;
         if !link.shared {
-            link.connection.close();
+            link.connection.close().await;
         }
         match ended {
             Ended::Cancelled => return,

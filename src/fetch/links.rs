@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fetcher::LaneKind;
+use super::threads::PullThreads;
 use crate::limits::{BACKGROUND_CONNECTIONS, EXTRA_CONNECT_TIMEOUT};
 use crate::upstream::{Connection, Greeted, LinkReport, LinkState, Upstream, UpstreamError};
 
@@ -29,13 +31,14 @@ pub(crate) struct Links {
     /// The server left a second connection waiting: it serves one client at a time.
     only_one: AtomicBool,
     early: Mutex<Early>,
+    threads: Option<PullThreads>,
 }
 
 /// What was begun before the lanes.
 #[derive(Default)]
 struct Early {
     demand: Option<Arc<dyn Connection>>,
-    extras: Vec<AbortOnDropHandle<Dialled>>,
+    extras: [Option<AbortOnDropHandle<Dialled>>; BACKGROUND_CONNECTIONS],
 }
 
 /// A connection for a lane.
@@ -46,20 +49,22 @@ pub(crate) struct Link {
 }
 
 impl Links {
-    pub(crate) fn new(upstream: Upstream) -> Links {
+    /// For the disk of that name, whose pull gets threads of its own; `None`: it is done where everything else is.
+    pub(crate) fn new(upstream: Upstream, disk: Option<String>) -> Links {
         let report = LinkReport::default();
         report.update(|status| {
             status.target = upstream.describe();
             status.state = LinkState::Connecting;
         });
         Links {
-            upstream,
             size: OnceLock::new(),
             report,
             demand: watch::Sender::new(None),
             greeted: Greeted::default(),
             only_one: AtomicBool::new(false),
             early: Mutex::default(),
+            threads: disk.map(|name| PullThreads::new(name, upstream.is_encrypted())),
+            upstream,
         }
     }
 
@@ -79,24 +84,36 @@ impl Links {
 
     /// The background's connections begin when the server has greeted the demand connection.
     pub(crate) fn dial_extras_early(&self) {
-        let dial = || {
+        let dial = |lane| {
             let (upstream, mut greeted) = (self.upstream.clone(), self.greeted.subscribe());
-            AbortOnDropHandle::new(tokio::spawn(async move {
+            Some(AbortOnDropHandle::new(self.runtime_of(lane).spawn(async move {
                 if greeted.wait_for(|greeted| *greeted).await.is_err() {
                     // The sender goes with whoever would use the connection.
                     std::future::pending::<()>().await;
                 }
                 upstream.connect_to_read(None).await
-            }))
+            })))
         };
-        self.early().extras = (0..BACKGROUND_CONNECTIONS).map(|_| dial()).collect();
+        self.early().extras = std::array::from_fn(dial);
+    }
+
+    /// Where a background lane belongs, with its connection.
+    pub(crate) fn runtime_of(&self, lane: usize) -> Handle {
+        self.threads.as_ref().map_or_else(Handle::current, |threads| threads.of_lane(lane))
+    }
+
+    /// The background lanes have ended.
+    pub(crate) fn end_threads(&self) {
+        if let Some(threads) = &self.threads {
+            threads.end();
+        }
     }
 
     /// Closes what no lane has taken.
-    pub(crate) fn forget_early(&self) {
+    pub(crate) async fn forget_early(&self) {
         let early = std::mem::take(&mut *self.early());
         if let Some(connection) = early.demand {
-            connection.close();
+            connection.close().await;
         }
     }
 
@@ -115,11 +132,11 @@ impl Links {
                 };
                 Ok(self.adopt(connection))
             }
-            LaneKind::Background(_) => self.dial_extra().await,
+            LaneKind::Background(index) => self.dial_extra(index).await,
         }
     }
 
-    async fn dial_extra(&self) -> Result<Link, UpstreamError> {
+    async fn dial_extra(&self, index: usize) -> Result<Link, UpstreamError> {
         let shared = || self.demand.borrow().clone().map(|connection| Link { connection, shared: true });
         if self.only_one.load(Ordering::Acquire)
             && let Some(link) = shared()
@@ -127,7 +144,7 @@ impl Links {
             return Ok(link);
         }
         let _ = self.greeted.subscribe().wait_for(|greeted| *greeted).await;
-        let early = self.early().extras.pop();
+        let early = self.early().extras.get_mut(index).and_then(Option::take);
         let size = self.size.get().copied();
         let dialling = async {
             let early = match early {
@@ -135,7 +152,7 @@ impl Links {
                 None => None,
             };
             match (early, size) {
-                (Some(dialled), Some(size)) => dialled.and_then(|connection| self.upstream.check(size, connection)),
+                (Some(dialled), Some(size)) => self.upstream.check(size, dialled?).await,
                 _ => self.upstream.connect_to_read(size).await,
             }
         };

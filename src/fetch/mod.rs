@@ -12,6 +12,7 @@ pub(crate) mod links;
 pub mod queue;
 mod ranges;
 mod stats;
+pub(crate) mod threads;
 mod traffic;
 mod window;
 pub(crate) mod write_out;

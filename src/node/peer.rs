@@ -200,7 +200,7 @@ impl Node {
                         chain(&error)
                     ))
                 })?;
-            connection.close();
+            connection.close().await;
             Ok(())
         };
         if let Err(failure) = reached.await {

@@ -63,6 +63,11 @@ impl PeerAddress {
         &self.address
     }
 
+    /// Whether it is spoken to over TLS.
+    pub fn is_secured(&self) -> bool {
+        self.secured.is_some()
+    }
+
     /// A connection that begins with the given preamble.
     pub async fn dial(&self, preamble: &[u8; PREAMBLE_BYTES]) -> io::Result<PeerStream> {
         let stream = TcpStream::connect(&self.address).await?;

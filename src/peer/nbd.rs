@@ -25,6 +25,10 @@ impl Dialer for PeerDialer {
         Box::pin(async { Ok(Box::new(self.address.dial(PREAMBLE_NBD).await?) as Box<dyn Stream>) })
     }
 
+    fn is_encrypted(&self) -> bool {
+        self.address.is_secured()
+    }
+
     fn describe(&self) -> String {
         format!("peer {}", self.address.address())
     }

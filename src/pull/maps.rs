@@ -153,7 +153,9 @@ mod tests {
         fn closed(&self) -> BoxFuture<'static, String> {
             Box::pin(std::future::pending())
         }
-        fn close(&self) {}
+        fn close(&self) -> BoxFuture<'static, ()> {
+            Box::pin(std::future::ready(()))
+        }
     }
 
     async fn told(disk: &Striped, from: u64) -> (Vec<ByteRange>, u64) {

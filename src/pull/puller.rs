@@ -8,6 +8,7 @@ use futures::StreamExt;
 use futures::future::join_all;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::{PullOrder, maps};
 use crate::fetch::Fetcher;
@@ -15,6 +16,7 @@ use crate::fetch::lane::{self, LaneKind};
 use crate::fetch::links::{Link, Links};
 use crate::fetch::write_out;
 use crate::limits::{BACKGROUND_CONNECTIONS, MAPS_TIMEOUT, RETRY_MIN};
+use crate::thread::run_on;
 use crate::upstream::ReadError;
 
 /// Runs until it is cancelled; does not even connect before the background pull is switched on. Of a disk that `returns`
@@ -33,10 +35,10 @@ pub(crate) async fn run(fetcher: Arc<Fetcher>, links: Arc<Links>, returns: bool,
         }
     }
     fetcher.with_order(PullOrder::expect_zero);
-    let lanes = join_all(
-        (0..BACKGROUND_CONNECTIONS)
-            .map(|index| lane::run(fetcher.clone(), links.clone(), lane_kind(index), cancel.clone())),
-    );
+    let lanes = join_all((0..BACKGROUND_CONNECTIONS).map(|index| {
+        let lane = lane::run(fetcher.clone(), links.clone(), lane_kind(index), cancel.clone());
+        run_on(links.runtime_of(index), lane.in_current_span())
+    }));
     let maps = async {
         tokio::select! {
             () = cancel.cancelled() => {}
@@ -44,6 +46,7 @@ pub(crate) async fn run(fetcher: Arc<Fetcher>, links: Arc<Links>, returns: bool,
         }
     };
     tokio::join!(maps, lanes, write_out::run(fetcher.clone(), cancel.clone()));
+    links.end_threads();
 }
 
 fn lane_kind(index: usize) -> LaneKind {

@@ -30,6 +30,8 @@ use crate::limits::CONNECT_TIMEOUT;
 pub trait Dialer: Send + Sync + 'static {
     /// A new stream, at the place where the NBD handshake begins.
     fn dial(&self) -> BoxFuture<'_, io::Result<Box<dyn Stream>>>;
+    /// Whether what comes over its streams is decrypted here.
+    fn is_encrypted(&self) -> bool;
     /// For people: where it leads.
     fn describe(&self) -> String;
 }
@@ -40,6 +42,8 @@ pub trait Connect: Send + Sync + 'static {
     fn connect<'a>(&'a self, greeted: &'a Greeted) -> BoxFuture<'a, Result<Arc<dyn Connection>, UpstreamError>>;
     /// The same for reads alone: without what costs a round trip and reads have no use for.
     fn connect_to_read(&self) -> BoxFuture<'_, Result<Arc<dyn Connection>, UpstreamError>>;
+    /// Whether what comes over its connections is decrypted here.
+    fn is_encrypted(&self) -> bool;
     /// For people: where it leads.
     fn describe(&self) -> String;
 }
@@ -89,8 +93,8 @@ pub trait Connection: Send + Sync + 'static {
     ) -> BoxFuture<'static, Result<Vec<Extent>, ReadError>>;
     /// Ends when the connection is dead, with the reason.
     fn closed(&self) -> BoxFuture<'static, String>;
-    /// Says goodbye.
-    fn close(&self);
+    /// Says goodbye, and ends with the connection: within [`GOODBYE_TIME`](crate::limits::GOODBYE_TIME).
+    fn close(&self) -> BoxFuture<'static, ()>;
 }
 
 /// Why a request failed.
@@ -179,6 +183,11 @@ impl Upstream {
         self.connect.describe()
     }
 
+    /// Whether what comes from there is decrypted here.
+    pub fn is_encrypted(&self) -> bool {
+        self.connect.is_encrypted()
+    }
+
     /// One try for a connection, which must be to a disk of the expected size where that is known.
     /// `greeted` is set as soon as the server has taken it.
     pub async fn connect(
@@ -207,18 +216,22 @@ impl Upstream {
             }
         };
         match expected {
-            Some(expected) => self.check(expected, connection),
+            Some(expected) => self.check(expected, connection).await,
             None => Ok(connection),
         }
     }
 
     /// A connection, if it is to a disk of that size; otherwise it is closed.
-    pub fn check(&self, expected: u64, connection: Arc<dyn Connection>) -> Result<Arc<dyn Connection>, UpstreamError> {
+    pub async fn check(
+        &self,
+        expected: u64,
+        connection: Arc<dyn Connection>,
+    ) -> Result<Arc<dyn Connection>, UpstreamError> {
         let found = connection.size();
         if found == expected {
             return Ok(connection);
         }
-        connection.close();
+        connection.close().await;
         Err(UpstreamError::WrongSize { target: self.describe(), found, expected })
     }
 }

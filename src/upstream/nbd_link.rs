@@ -13,9 +13,10 @@ use nbd::tls::{ClientTls, TlsClient};
 use nbd::uri::NbdUri;
 use nbd::wire::Framing;
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
 
 use super::{Connect, Connection, Dialer, Greeted, ReadDone, ReadError, Stream, StreamDone, UpstreamError};
-use crate::limits::CONNECT_TIMEOUT;
+use crate::limits::{CONNECT_TIMEOUT, GOODBYE_TIME};
 use crate::pull::CONTEXTS;
 
 /// Dials the server of an NBD URI.
@@ -39,6 +40,10 @@ impl Dialer for UriDialer {
                 }
             })
         })
+    }
+
+    fn is_encrypted(&self) -> bool {
+        false
     }
 
     fn describe(&self) -> String {
@@ -99,6 +104,10 @@ impl Connect for NbdConnect {
         Box::pin(self.with(&[], None))
     }
 
+    fn is_encrypted(&self) -> bool {
+        self.tls.is_some() || self.dialer.is_encrypted()
+    }
+
     fn describe(&self) -> String {
         self.dialer.describe()
     }
@@ -148,9 +157,12 @@ impl Connection for NbdConnection {
         Box::pin(async move { reason(&client.closed().await) })
     }
 
-    fn close(&self) {
+    fn close(&self) -> BoxFuture<'static, ()> {
         let client = self.client.clone();
-        tokio::spawn(async move { client.close().await });
+        Box::pin(async move {
+            // Who does not take it in time is not waited for.
+            let _ = timeout(GOODBYE_TIME, client.close()).await;
+        })
     }
 }
 

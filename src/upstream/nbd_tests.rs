@@ -40,6 +40,10 @@ impl Dialer for Memory {
         })
     }
 
+    fn is_encrypted(&self) -> bool {
+        false
+    }
+
     fn describe(&self) -> String {
         "the source".into()
     }
