@@ -39,6 +39,8 @@ pub use crate::pull::PullState;
 #[cfg(test)]
 mod large_read_tests;
 #[cfg(test)]
+mod pull_thread_tests;
+#[cfg(test)]
 mod returning_tests;
 #[cfg(test)]
 mod testing;
