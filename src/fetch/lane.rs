@@ -45,16 +45,17 @@ pub(crate) async fn run(fetcher: Arc<Fetcher>, links: Arc<Links>, lane: LaneKind
             }
         };
         let ended = carry(&fetcher, &links, &link, lane, &cancel).await;
+        if let (Ended::Lost { why, .. }, LaneKind::Demand) = (&ended, lane) {
+            tracing::warn!("{why}; readers of missing blocks wait until it is back");
+            // Before the goodbye, which may take a moment: nobody else is to be given this one.
+            links.retire(why);
+        }
         if !link.shared {
             link.connection.close().await;
         }
         match ended {
             Ended::Cancelled => return,
-            Ended::Lost { why, useful } => {
-                if lane == LaneKind::Demand {
-                    tracing::warn!("{why}; readers of missing blocks wait until it is back");
-                    links.retire(&why);
-                }
+            Ended::Lost { useful, .. } => {
                 pause = if useful { RETRY_MIN } else { (pause * 2).min(RETRY_MAX) };
                 if wait(pause, &cancel).await {
                     return;
