@@ -1,9 +1,8 @@
 //! A store that breaks on demand: it fails I/O with a given error, and forgets what was not synced on a power loss.
 
 use std::io;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::{Durable, MemoryStore, Store};
 use crate::units::ByteRange;
@@ -14,6 +13,7 @@ pub struct FaultyStore {
     durable: Mutex<Vec<u8>>,
     write_error: AtomicI32,
     sync_error: AtomicI32,
+    before_write: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl FaultyStore {
@@ -29,12 +29,19 @@ impl FaultyStore {
             durable: Mutex::new(bytes),
             write_error: AtomicI32::new(0),
             sync_error: AtomicI32::new(0),
+            before_write: OnceLock::new(),
         }
     }
 
     /// From now on writes, zeroings and discards fail with this error number; 0 ends it.
     pub fn fail_writes(&self, errno: i32) {
         self.write_error.store(errno, Ordering::SeqCst);
+    }
+
+    /// Called before each write from now on, on the thread that writes. One for all time.
+    pub fn before_writes(&self, call: impl Fn() + Send + Sync + 'static) {
+        // The first one stays.
+        let _ = self.before_write.set(Box::new(call));
     }
 
     /// From now on syncs fail with this error number; 0 ends it.
@@ -70,6 +77,9 @@ impl Store for FaultyStore {
     }
 
     fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        if let Some(call) = self.before_write.get() {
+            call();
+        }
         check(&self.write_error)?;
         self.live.write_at(offset, data)
     }
