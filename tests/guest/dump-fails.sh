@@ -49,7 +49,7 @@ a_is_as_it_was
 nothing_on_b
 
 say "A: criu is killed during the dump"
-criu_for_dumps "exec timeout -s KILL 0.3 $criu \"\$@\""
+criu_for_dumps "CRIU=$criu exec $(realpath "$(dirname "${BASH_SOURCE[0]}")")/dying-criu \"\$@\""
 refused 1 'cancelled and the container goes on here' on a "${migrate[@]}"
 a_is_as_it_was
 nothing_on_b
