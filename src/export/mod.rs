@@ -46,3 +46,5 @@ mod returning_tests;
 mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod traffic_tests;

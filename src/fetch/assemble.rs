@@ -25,7 +25,11 @@ impl Fetched {
     }
 
     pub(super) fn extend(&mut self, other: Fetched) {
-        self.pieces.extend(other.pieces);
+        if self.pieces.is_empty() {
+            *self = other;
+        } else {
+            self.pieces.extend(other.pieces);
+        }
     }
 
     /// All of it is in the store.
@@ -35,8 +39,11 @@ impl Fetched {
 
     /// The blocks of a range that no reply brought.
     pub(super) fn not_brought(&self, range: BlockRange) -> Ranges {
-        let brought: Ranges = self.pieces.iter().map(|(blocks, _)| *blocks).collect();
-        subtract(range, &brought)
+        match &self.pieces[..] {
+            [] => subtract(range, &[]),
+            [(blocks, _)] => subtract(range, &[*blocks]),
+            pieces => subtract(range, &pieces.iter().map(|(blocks, _)| *blocks).collect::<Ranges>()),
+        }
     }
 
     /// The bytes of a range within what was fetched; without a copy where one reply holds them all.

@@ -162,9 +162,15 @@ impl Fetcher {
 
     /// The missing blocks of a range if the source's map says of all of them that they are zero.
     pub fn missing_zeroes(&self, blocks: BlockRange) -> Option<Vec<BlockRange>> {
-        let missing: Vec<BlockRange> = self.disk.map.missing_in(blocks).collect();
         let state = self.lock();
-        missing.iter().all(|part| state.order.is_zero(*part)).then_some(missing)
+        let mut missing = Vec::new();
+        for part in self.disk.map.missing_in(blocks) {
+            if !state.order.is_zero(part) {
+                return None;
+            }
+            missing.push(part);
+        }
+        Some(missing)
     }
 
     /// Claims blocks for a local write. While the guard lives no fetch lands on them.
@@ -334,8 +340,7 @@ impl Fetcher {
     }
 
     /// The next flight for a lane, whose connection has so many bytes in flight.
-    pub(crate) fn next(&self, lane: LaneKind, carrier: Carrier, carried: u64) -> Next {
-        let now = self.now();
+    pub(crate) fn next(&self, lane: LaneKind, carrier: Carrier, carried: u64, now: Duration) -> Next {
         let mut state = self.lock();
         let next = match lane {
             LaneKind::Demand => self.next_demand(&mut state, carrier, now),
@@ -354,7 +359,7 @@ impl Fetcher {
     }
 
     /// The other pulls of the node see how this one stands.
-    fn tell(&self, state: &mut State) {
+    pub(super) fn tell(&self, state: &mut State) {
         let (demanding, flying) = (state.queue.in_flight(Class::Demand) > 0, self.background_flying(state));
         self.traffic.tell(&mut state.share, demanding, flying);
     }

@@ -21,8 +21,8 @@ use crate::pull::PullState;
 use crate::units::ByteRange;
 
 impl Fetcher {
-    /// The bytes of a flight are here (none for zeroes).
-    pub(crate) fn land(&self, flight: &Outgoing, bytes: Option<Bytes>, took: Duration) {
+    /// The bytes of a flight are here (none for zeroes). Whether a demand lane has more to send.
+    pub(crate) fn land(&self, flight: &Outgoing, bytes: Option<Bytes>, took: Duration) -> bool {
         let parts = self.lock().queue.arrived(flight.id);
         let size = self.disk.size();
         let whole = self.disk.block_size.bytes_of(flight.range, size);
@@ -46,7 +46,9 @@ impl Fetcher {
                     }
                 }
             }
-            pieces.extend(piece.map(|piece| (part, piece)));
+            if let Some(piece) = piece {
+                pieces.push((part, piece));
+            }
         }
         self.landed(flight, result, took, |state, landed| {
             for ticket in &landed.joined {
@@ -54,11 +56,11 @@ impl Fetcher {
                     pieces.iter().for_each(|(blocks, bytes)| waiter.brought.push(*blocks, bytes.clone()));
                 }
             }
-        });
+        })
     }
 
-    /// All bytes of a flight have come down the runway. Who waits for them reads the store.
-    pub(super) fn land_streamed(&self, flight: &Outgoing, runway: &Runway, took: Duration) {
+    /// All bytes of a flight have come down the runway. Who waits for them reads the store. Answers as [`Fetcher::land`].
+    pub(super) fn land_streamed(&self, flight: &Outgoing, runway: &Runway, took: Duration) -> bool {
         let parts = self.lock().queue.arrived(flight.id);
         let result = match runway.failure().take() {
             None => {
@@ -69,7 +71,7 @@ impl Fetcher {
             }
             Some(error) => Err(error),
         };
-        self.landed(flight, result, took, |_, _| {});
+        self.landed(flight, result, took, |_, _| {})
     }
 
     fn landed(
@@ -78,7 +80,7 @@ impl Fetcher {
         result: io::Result<()>,
         took: Duration,
         serve: impl FnOnce(&mut State, &Landed),
-    ) {
+    ) -> bool {
         let length = self.disk.block_size.bytes_of(flight.range, self.disk.size()).len();
         if flight.cargo == Cargo::Bytes {
             self.counters.pulled_bytes.fetch_add(length, Ordering::Relaxed);
@@ -87,24 +89,26 @@ impl Fetcher {
         let landed = state.queue.landed(flight.id);
         serve(&mut state, &landed);
         self.finish(&mut state, landed.finished);
-        let now = self.now();
         if flight.class == Class::Background && flight.cargo == Cargo::Bytes {
-            state.window.answered(now, took, length);
+            state.window.answered(self.now(), took, length);
             if state.backlog.landed(self.disk.block_size.bytes_of(flight.range, self.disk.size())) {
                 self.write_out_due.notify_one();
             }
         }
-        self.note_landing(&mut state, flight, result, now);
+        self.note_landing(&mut state, flight, result);
         let demand_rests = state.queue.in_flight(Class::Demand) == 0;
+        let more = state.queue.has_ready();
+        self.tell(&mut state);
         drop(state);
         self.note_present();
         // Of a landing in the background the lane itself knows; the others may have been waiting for room too.
         if (demand_rests || flight.class == Class::Background) && self.held_back.swap(false, Ordering::AcqRel) {
             self.wake_background();
         }
+        more
     }
 
-    fn note_landing(&self, state: &mut State, flight: &Outgoing, result: io::Result<()>, now: Duration) {
+    fn note_landing(&self, state: &mut State, flight: &Outgoing, result: io::Result<()>) {
         match result {
             Err(error) => {
                 if state.paused.is_none() {
@@ -112,12 +116,15 @@ impl Fetcher {
                         "the background pull pauses, the store takes no bytes: {error}; make room, it goes on by itself"
                     );
                 }
-                state.paused = Some((now + NO_SPACE_PAUSE, error));
+                state.paused = Some((self.now() + NO_SPACE_PAUSE, error));
                 self.set_pull_state(PullState::PausedNoSpace);
             }
             // A demand fetch shows that there is room only after the pause: until then blocks may fit by chance.
             Ok(())
-                if state.paused.take_if(|(until, _)| flight.class == Class::Background || now >= *until).is_some() =>
+                if state
+                    .paused
+                    .take_if(|(until, _)| flight.class == Class::Background || self.now() >= *until)
+                    .is_some() =>
             {
                 tracing::info!("the store takes bytes again, the background pull goes on");
                 self.set_pull_state(if self.background() { PullState::Pulling } else { PullState::Off });

@@ -174,22 +174,23 @@ impl Carriage {
     }
 
     fn pump(self: &Arc<Self>) -> Pumped {
+        let mut now = self.fetcher.now();
         loop {
-            match self.fetcher.next(self.lane, self.carrier, self.flying.load(Ordering::Relaxed)) {
+            match self.fetcher.next(self.lane, self.carrier, self.flying.load(Ordering::Relaxed), now) {
                 Next::Send(flight) if flight.cargo == Cargo::Zeroes => {
                     self.fetcher.land(&flight, None, Duration::ZERO);
                     if self.lane != LaneKind::Demand {
                         return Pumped::Yield;
                     }
+                    now = self.fetcher.now();
                 }
-                Next::Send(flight) => self.send(flight),
+                Next::Send(flight) => self.send(flight, now),
                 Next::Wait(until) => return Pumped::Until(until),
             }
         }
     }
 
-    fn send(self: &Arc<Self>, flight: Outgoing) {
-        let sent = self.fetcher.now();
+    fn send(self: &Arc<Self>, flight: Outgoing, sent: Duration) {
         let bytes = self.bytes_of(&flight);
         let expected = bytes.len();
         if self.flying.fetch_add(expected, Ordering::Relaxed) == 0 {
@@ -200,9 +201,8 @@ impl Carriage {
             let runway = Runway::new(self.fetcher.clone(), flight, self.carrier);
             let sink = Box::new(Landing(runway.clone()));
             let done = move |result: Result<(), ReadError>| {
-                carriage.answered(&flight, sent, result, |fetcher, (), took| {
-                    fetcher.land_streamed(&flight, &runway, took);
-                });
+                carriage
+                    .answered(&flight, sent, result, |fetcher, (), took| fetcher.land_streamed(&flight, &runway, took));
             };
             return self.connection.read_to(bytes.start, bytes.len() as u32, sink, Box::new(done));
         }
@@ -229,7 +229,7 @@ impl Carriage {
         flight: &Outgoing,
         sent: Duration,
         result: Result<T, ReadError>,
-        land: impl FnOnce(&Fetcher, T, Duration),
+        land: impl FnOnce(&Fetcher, T, Duration) -> bool,
     ) {
         if self.over.load(Ordering::SeqCst) {
             return;
@@ -240,7 +240,10 @@ impl Carriage {
                 let now = self.fetcher.now();
                 self.made_progress(now);
                 self.useful.store(true, Ordering::Relaxed);
-                land(&self.fetcher, landing, now.saturating_sub(sent));
+                let more = land(&self.fetcher, landing, now.saturating_sub(sent));
+                if self.lane == LaneKind::Demand && !more {
+                    return;
+                }
             }
             Err(ReadError::Refused(why)) => {
                 self.made_progress(self.fetcher.now());

@@ -23,7 +23,7 @@ use std::time::Duration;
 use rustc_hash::FxHashMap;
 use smallvec::SmallVec;
 
-use super::ranges::{Ranges, intersects, subtract, without};
+use super::ranges::{Ranges, intersects, subtract, subtract_each, without};
 use crate::limits::{RETRY_MAX, RETRY_MIN};
 use crate::units::{BlockIndex, BlockRange};
 
@@ -217,6 +217,11 @@ impl FetchQueue {
         None
     }
 
+    /// Whether [`FetchQueue::poll`] may have something for a client right now.
+    pub fn has_ready(&self) -> bool {
+        [Class::Demand, Class::ReadAhead].iter().any(|class| !self.ready[*class as usize].is_empty())
+    }
+
     /// When [`FetchQueue::poll`] may have something new although nothing else happens.
     pub fn next_timeout(&self) -> Option<Duration> {
         self.pausing.first().map(|(at, _)| *at)
@@ -255,10 +260,14 @@ impl FetchQueue {
 
     /// The landing is over, well or not: the flight is gone.
     pub fn landed(&mut self, id: FlightId) -> Landed {
-        let Some(flight) = self.remove(id) else { return Landed::default() };
-        let joined: Tickets = flight.tickets.into_iter().filter(|t| self.tickets.contains_key(t)).collect();
-        let settled = joined.iter().chain(&flight.writers).copied();
-        let finished = settled.filter(|ticket| self.settle(*ticket)).collect();
+        let Some(Flight { tickets: mut joined, writers, .. }) = self.remove(id) else { return Landed::default() };
+        joined.retain(|ticket| self.tickets.contains_key(ticket));
+        let mut finished = Tickets::new();
+        for ticket in joined.iter().chain(&writers) {
+            if self.settle(*ticket) {
+                finished.push(*ticket);
+            }
+        }
         Landed { joined, finished }
     }
 
@@ -417,19 +426,18 @@ impl FetchQueue {
     fn plan(&mut self, missing: &[BlockRange], class: Class, cargo: Cargo, ticket: Option<Ticket>) -> usize {
         let mut made = 0;
         for run in missing {
-            let claimed: Ranges = self.claims.iter().map(|(_, range, _)| *range).collect();
             if let Some(ticket) = ticket {
                 self.wait_for_claims(*run, ticket);
             }
-            for free in subtract(*run, &claimed) {
+            for free in subtract_each(*run, self.claims.iter().map(|(_, range, _)| *range)) {
                 let over = self.overlapping(free);
-                let flying: Ranges = over.iter().map(|id| self.flights[id].range).collect();
+                let gaps = subtract_each(free, over.iter().map(|id| self.flights[id].range));
                 if let Some(ticket) = ticket {
                     for id in over {
                         self.join(id, free, class, ticket);
                     }
                 }
-                for gap in subtract(free, &flying) {
+                for gap in gaps {
                     made += self.launch(gap, class, cargo, ticket);
                 }
             }

@@ -1,6 +1,6 @@
 //! Arithmetic on lists of block ranges. Pure.
 
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use crate::units::BlockRange;
 
@@ -14,8 +14,12 @@ pub(crate) fn intersects(a: BlockRange, b: BlockRange) -> bool {
 
 /// What is left of a range without the blocks of `holes` (in any order, they may overlap).
 pub(crate) fn subtract(range: BlockRange, holes: &[BlockRange]) -> Ranges {
-    if range.is_empty() {
-        return Ranges::new();
+    // What it nearly always is.
+    match holes {
+        _ if range.is_empty() => return Ranges::new(),
+        [] => return smallvec![range],
+        [hole] if hole.start <= range.start && range.end <= hole.end => return Ranges::new(),
+        _ => {}
     }
     let mut holes: Ranges = holes.iter().filter_map(|hole| hole.intersect(range)).collect();
     holes.sort_by_key(|hole| hole.start);
@@ -30,6 +34,15 @@ pub(crate) fn subtract(range: BlockRange, holes: &[BlockRange]) -> Ranges {
         left.push(BlockRange::new(at, range.end));
     }
     left
+}
+
+/// The same with holes that are mostly none.
+pub(crate) fn subtract_each(range: BlockRange, holes: impl Iterator<Item = BlockRange>) -> Ranges {
+    let mut holes = holes.peekable();
+    match holes.peek() {
+        None => subtract(range, &[]),
+        Some(_) => subtract(range, &holes.collect::<Ranges>()),
+    }
 }
 
 /// What is left of several ranges.

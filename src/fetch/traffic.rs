@@ -63,7 +63,7 @@ impl Traffic {
     }
 
     /// Whether a client of any disk waits.
-    pub(super) fn demands(&self) -> bool {
+    pub(crate) fn demands(&self) -> bool {
         self.demanding.load(Ordering::Relaxed) > 0
     }
 

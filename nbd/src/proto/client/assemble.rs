@@ -12,7 +12,9 @@ pub struct Assembly {
     offset: u64,
     length: u32,
     chunks: usize,
-    /// What has arrived: start to end, relative to `offset`, neighbours joined.
+    /// One chunk was all of it, which is the rule.
+    at_once: bool,
+    /// What has arrived otherwise: start to end, relative to `offset`, neighbours joined.
     covered: BTreeMap<u32, u32>,
     /// One chunk was the whole range; it is handed out as it came.
     whole: Option<Bytes>,
@@ -22,7 +24,7 @@ pub struct Assembly {
 impl Assembly {
     /// Nothing has arrived of `length` bytes from `offset`.
     pub fn new(offset: u64, length: u32) -> Assembly {
-        Assembly { offset, length, chunks: 0, covered: BTreeMap::new(), whole: None, parts: None }
+        Assembly { offset, length, chunks: 0, at_once: false, covered: BTreeMap::new(), whole: None, parts: None }
     }
 
     /// A chunk of data, without a copy where it is the whole range.
@@ -65,7 +67,7 @@ impl Assembly {
     pub fn finish(self) -> Result<Bytes, &'static str> {
         let complete = match self.covered.first_key_value() {
             Some((0, end)) => *end == self.length,
-            _ => self.length == 0,
+            _ => self.at_once || self.length == 0,
         };
         if !complete {
             return Err("the reply to a READ does not cover what was asked");
@@ -89,8 +91,12 @@ impl Assembly {
         let end = start.and_then(|start| start.checked_add(length)).filter(|end| *end <= self.length);
         let (Some(start), Some(end)) = (start, end) else { return Err("a chunk lies outside what was asked") };
         let before = self.covered.range(..end).next_back().map(|(from, to)| (*from, *to));
-        if before.is_some_and(|(_, to)| to > start) {
+        if self.at_once || before.is_some_and(|(_, to)| to > start) {
             return Err("a chunk repeats what has come");
+        }
+        if length == self.length {
+            self.at_once = true;
+            return Ok(0);
         }
         let end = self.covered.remove(&end).unwrap_or(end);
         match before {
@@ -139,6 +145,11 @@ mod tests {
             assert!(filled().hole(offset, length).is_err(), "{offset}+{length}");
         }
         assert!(filled().hole(u64::MAX, 1).is_err());
+        let mut whole = Assembly::new(100, 10);
+        whole.hole(100, 10).unwrap();
+        for (offset, length) in [(100, 10), (100, 1), (109, 1), (110, 1)] {
+            assert!(whole.hole(offset, length).is_err(), "{offset}+{length} after all of it");
+        }
         assert!(filled().finish().is_err());
         let mut gap = filled();
         gap.hole(100, 3).unwrap();
