@@ -169,6 +169,7 @@ impl Inner {
         class: Class,
     ) -> Result<Fetched, Errno> {
         tokio::select! {
+            biased;
             brought = fetcher.fetch(blocks, class) => Ok(brought),
             errno = self.gate.until_closed() => Err(errno),
         }
