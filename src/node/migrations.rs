@@ -246,6 +246,13 @@ impl Node {
                         disk.name()
                     )));
                 }
+                if let (SourcePhase::Serving, Some(container)) = (record.phase, &record.container) {
+                    // It would be forgotten as it stands: frozen, or only in its checkpoint.
+                    let (id, disk) = (&container.id, disk.name());
+                    return Err(Failure::refused(format!(
+                        "container {id} of an earlier migration does not go on here; `lazy-migrate rollback {disk}` tries again"
+                    )));
+                }
                 if record.phase != SourcePhase::Serving {
                     return Err(Failure::refused(format!(
                         "{} is {} to {} at epoch {}; finish or cancel that first",

@@ -52,6 +52,8 @@ stop_process "$migrating"
 [ "$(on a status web --json | jq -r '.phase + " " + .container_state')" = "serving stuck" ] || fail "A is $(on a status web --json)"
 on a status web | grep -q 'container web DOES NOT GO ON' || fail "A says: $(on a status web)"
 on a rollback web --plan | grep -q 'already, but container web does not go on' || fail "planned: $(on a rollback web --plan)"
+refused 3 'container web of an earlier migration does not go on here; .lazy-migrate rollback web. tries again' \
+  on a prepare web --to 10.78.0.2:10810
 cp "$work/a/runc.right" "$work/a/runc"
 mv "$work/a/bundles/web/config.json" "$work/config.json"
 refused 1 'brought back from its checkpoint.*cannot read its config.json' on a rollback web

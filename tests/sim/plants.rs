@@ -37,11 +37,12 @@ pub enum Plant {
     HeatDropped,
     HeldFails,
     RestoredAgain,
+    StuckForgotten,
 }
 
 impl Plant {
     /// Each of them.
-    pub const ALL: [Plant; 32] = [
+    pub const ALL: [Plant; 33] = [
         Plant::LeaseFromAnswer,
         Plant::SilenceIsEnough,
         Plant::TellBeforeRecord,
@@ -74,6 +75,7 @@ impl Plant {
         Plant::HeatDropped,
         Plant::HeldFails,
         Plant::RestoredAgain,
+        Plant::StuckForgotten,
     ];
 
     /// What is done wrong.
@@ -114,6 +116,9 @@ impl Plant {
             Plant::HeldFails => "the gate fails what it should hold",
             Plant::RestoredAgain => {
                 "the checkpoint is restored a second time, after its container has changed the disk"
+            }
+            Plant::StuckForgotten => {
+                "a new migration begins although the container of the one before does not go on, and forgets it"
             }
         }
     }

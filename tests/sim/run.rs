@@ -170,8 +170,8 @@ pub fn run(seed: u64, plant: Option<Plant>, logged: bool) -> Outcome {
                 SourcePhase::Preparing | SourcePhase::Frozen => world.order(Order::Cancel),
                 SourcePhase::HandedOver if world.now < storm + patient => world.order(Order::HandOver),
                 SourcePhase::HandedOver => world.order(Order::RollBack { insist: true }),
-                SourcePhase::RolledBack => {}
-                SourcePhase::Serving | SourcePhase::Released => {}
+                SourcePhase::Serving if world.is_stuck() => world.order(Order::RollBack { insist: false }),
+                SourcePhase::RolledBack | SourcePhase::Serving | SourcePhase::Released => {}
             }
             let pause = dice.between(300, 900);
             world.at(pause, Event::Check);
@@ -195,6 +195,11 @@ pub fn run(seed: u64, plant: Option<Plant>, logged: bool) -> Outcome {
 }
 
 impl World {
+    /// The source's container does not go on, and the operator is told so.
+    fn is_stuck(&self) -> bool {
+        self.a.machine.as_ref().is_some_and(|machine| machine.stuck().is_some())
+    }
+
     fn is_export(&self, id: u64) -> bool {
         self.b.export.as_ref().is_some_and(|export| export.id == id)
     }

@@ -18,6 +18,11 @@ impl World {
         self.a.machine.as_ref().map_or(SourcePhase::Serving, |machine| machine.record().phase)
     }
 
+    /// It is frozen, or was, by the migration in the record.
+    fn a_holds_a_container(&self) -> bool {
+        self.a.machine.as_ref().is_some_and(|machine| machine.record().container.is_some())
+    }
+
     fn new_source(&mut self) {
         self.attempts += 1;
         let epoch = self.a.recorded.as_ref().map_or(Epoch(0), |record| record.epoch).next();
@@ -87,12 +92,14 @@ impl World {
                     let (delay, ok) = (self.dice.between(1, 10), self.is_quiet() || !self.dice.percent(3));
                     self.at(delay, Event::SourceDone { life, effect, ok });
                 }
-                SourceEffect::CheckUnchanged
-                | SourceEffect::Unseal
-                | SourceEffect::Thaw
-                | SourceEffect::ReleaseContainer => {
+                SourceEffect::CheckUnchanged | SourceEffect::Unseal | SourceEffect::ReleaseContainer => {
                     let delay = self.moment();
                     self.at(delay, Event::SourceDone { life, effect, ok: true });
+                }
+                SourceEffect::Thaw => {
+                    let held = self.a_holds_a_container();
+                    let (delay, ok) = (self.moment(), !held || self.is_quiet() || !self.dice.percent(20));
+                    self.at(delay, Event::SourceDone { life, effect, ok });
                 }
             }
         }
@@ -135,8 +142,11 @@ impl World {
                 self.hosts[A].gate = Gate::Open;
             }
             SourceEffect::Thaw => {
-                (self.hosts[A].runs, self.hosts[A].frozen) = (self.container, false);
-                return self.source_event(SourceEvent::Thawed(Ok(())));
+                // The tasks may run although something else has failed.
+                if self.a_holds_a_container() && (ok || self.dice.percent(30)) {
+                    (self.hosts[A].runs, self.hosts[A].frozen) = (self.container, false);
+                }
+                return self.source_event(SourceEvent::Thawed(result));
             }
             _ => {}
         }
@@ -251,7 +261,8 @@ impl World {
         let ready = self.a.machine.as_ref().is_some_and(SourceMachine::is_ready);
         let event = match order {
             Order::Prepare => {
-                if phase != SourcePhase::Serving || self.hosts[A].performing {
+                let refused = self.a_holds_a_container() && self.plant != Some(Plant::StuckForgotten);
+                if phase != SourcePhase::Serving || self.hosts[A].performing || refused {
                     return;
                 }
                 self.new_source();

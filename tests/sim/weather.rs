@@ -113,7 +113,8 @@ impl World {
         let given = matches!(record.phase, SourcePhase::HandedOver | SourcePhase::RolledBack | SourcePhase::Released);
         self.hosts[A].gate = if given { Gate::ReadOnly } else { Gate::Open };
         // Nothing starts a container by itself, except the end of a rollback; in an ordinary life it is started.
-        self.hosts[A].runs |= cold && self.container && record.phase == SourcePhase::Serving;
+        let ordinary = !given && record.container.is_none();
+        self.hosts[A].runs |= cold && self.container && ordinary;
         if !given {
             self.a.freeze = None;
         }
