@@ -103,6 +103,13 @@ pub struct SourceRecord {
     pub base: Option<MigrationId>,
 }
 
+impl SourceRecord {
+    /// The container that was frozen and does not go on (yet), although the disk is this host's, and read-write.
+    pub fn held(&self) -> Option<&SourceContainer> {
+        self.container.as_ref().filter(|_| self.phase == SourcePhase::Serving)
+    }
+}
+
 /// The container that was, or is to be, restored here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DestinationContainer {

@@ -246,7 +246,7 @@ impl Node {
                         disk.name()
                     )));
                 }
-                if let (SourcePhase::Serving, Some(container)) = (record.phase, &record.container) {
+                if let Some(container) = record.held() {
                     // It would be forgotten as it stands: frozen, or only in its checkpoint.
                     let (id, disk) = (&container.id, disk.name());
                     return Err(Failure::refused(format!(

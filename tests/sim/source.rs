@@ -261,7 +261,8 @@ impl World {
         let ready = self.a.machine.as_ref().is_some_and(SourceMachine::is_ready);
         let event = match order {
             Order::Prepare => {
-                let refused = self.a_holds_a_container() && self.plant != Some(Plant::StuckForgotten);
+                let held = self.a.machine.as_ref().is_some_and(|machine| machine.record().held().is_some());
+                let refused = held && self.plant != Some(Plant::StuckForgotten);
                 if phase != SourcePhase::Serving || self.hosts[A].performing || refused {
                     return;
                 }

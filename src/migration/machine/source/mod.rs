@@ -105,7 +105,7 @@ impl SourceMachine {
             }
             SourcePhase::RolledBack => machine.finish_rollback(),
             SourcePhase::Released => machine.effects.push_back(SourceEffect::ReleaseContainer),
-            SourcePhase::Serving if machine.is_held() => machine.thaw_again(),
+            SourcePhase::Serving if machine.record.held().is_some() => machine.thaw_again(),
             SourcePhase::Serving => {}
         }
         machine
@@ -241,11 +241,13 @@ impl SourceMachine {
                 machine.effects.push_back(SourceEffect::Seal);
                 Ok(())
             }),
-            SourceEvent::Cancel | SourceEvent::RollBack { .. } if self.is_held() => self.command(|machine| {
-                machine.thaw_again();
-                machine.answer(Ok(()));
-                Ok(())
-            }),
+            SourceEvent::Cancel | SourceEvent::RollBack { .. } if self.record.held().is_some() => {
+                self.command(|machine| {
+                    machine.thaw_again();
+                    machine.answer(Ok(()));
+                    Ok(())
+                })
+            }
             SourceEvent::Cancel => self.command(|machine| {
                 machine.record.phase.step(SourceStep::Cancel)?;
                 machine.effects.push_back(SourceEffect::TellCancel);
@@ -428,11 +430,6 @@ impl SourceMachine {
             self.ready = false;
             self.journal();
         }
-    }
-
-    /// The disk is this host's, and read-write; its container was frozen, and does not go on yet.
-    fn is_held(&self) -> bool {
-        self.record.phase == SourcePhase::Serving && self.record.container.is_some()
     }
 
     fn thaw_again(&mut self) {
