@@ -5,6 +5,7 @@
 //! peer or for the disk's write cache returns a future ([`Answer::Later`]), which the connection's own task polls: there
 //! is never a task a request. The server has checked range, alignment, flags and read-only before it calls.
 
+use std::future::poll_fn;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -13,6 +14,8 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 
+use crate::promise::Inbox;
+pub use crate::promise::{Promise, ReadReply};
 use crate::tls::Identity;
 use crate::wire::Errno;
 
@@ -36,6 +39,9 @@ pub enum ReadAnswer {
     Sparse(Vec<Range<usize>>),
     /// The bytes come later; the buffer that was given is not used.
     Later(BoxFuture<'static, Result<LateRead, Errno>>),
+    /// The same, and somebody else will have them, who can send them: [`Export::promise`] is to be called. It costs less
+    /// than a future for each.
+    Promised,
 }
 
 /// What came of a READ that had to wait.
@@ -50,19 +56,38 @@ pub enum LateRead {
 /// Reads to the end, whatever has to be waited for.
 pub async fn read(export: &(impl Export + ?Sized), offset: u64, buffer: &mut [u8]) -> Result<(), Errno> {
     loop {
-        match export.read(offset, buffer) {
+        let late = match export.read(offset, buffer) {
             ReadAnswer::Now(done) => return done,
             ReadAnswer::Sparse(_) => return Ok(()),
-            ReadAnswer::Later(work) => match work.await? {
-                LateRead::AtHand => {}
-                LateRead::Bytes(bytes) if bytes.len() == buffer.len() => {
-                    buffer.copy_from_slice(&bytes);
-                    return Ok(());
-                }
-                LateRead::Bytes(_) => return Err(Errno::EIO),
-            },
+            ReadAnswer::Later(work) => work.await?,
+            ReadAnswer::Promised => promised(export, offset, buffer.len()).await?,
+        };
+        match late {
+            LateRead::AtHand => {}
+            LateRead::Bytes(bytes) if bytes.len() == buffer.len() => {
+                buffer.copy_from_slice(&bytes);
+                return Ok(());
+            }
+            LateRead::Bytes(_) => return Err(Errno::EIO),
         }
     }
+}
+
+/// Has a promise forgotten when it is dropped.
+struct Kept<'a, E: Export + ?Sized>(&'a E, Promise);
+
+impl<E: Export + ?Sized> Drop for Kept<'_, E> {
+    fn drop(&mut self) {
+        self.0.forget(self.1);
+    }
+}
+
+/// What comes of a read that an export answers with [`ReadAnswer::Promised`]. It is forgotten when this is dropped.
+pub async fn promised(export: &(impl Export + ?Sized), offset: u64, length: usize) -> Result<LateRead, Errno> {
+    let (inbox, mut letters) = (Arc::<Inbox>::default(), Vec::new());
+    let _kept = Kept(export, export.promise(offset, length, ReadReply::new(&inbox, 0)));
+    poll_fn(|cx| inbox.poll_take(cx, &mut letters)).await;
+    letters.pop().map_or(Err(Errno::EIO), |letter| letter.outcome)
 }
 
 /// What came of [`Export::splice`].
@@ -150,6 +175,15 @@ pub trait Export: Send + Sync + 'static {
 
     /// Fills `buffer` from `offset`, or says that it comes later.
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer;
+
+    /// A read that [`Export::read`] has just answered with [`ReadAnswer::Promised`]: has the answer sent when it is known.
+    /// Only exports that give that answer need this.
+    fn promise(&self, _offset: u64, _length: usize, _reply: ReadReply) -> Promise {
+        Promise(0)
+    }
+
+    /// Nobody waits for a promised answer any more. It may have been sent already; otherwise its reply is dropped.
+    fn forget(&self, _promise: Promise) {}
 
     /// For a large read whose client takes pages in place of copies: has the range's pages spliced into a pipe, which is
     /// empty and has room for them, and does not block on it. Only for a range that [`Export::read`] would answer at once;

@@ -25,6 +25,7 @@ pub mod kernel;
 pub mod limits;
 pub mod memory;
 mod output;
+mod promise;
 pub mod proto;
 pub mod server;
 pub mod socket;

@@ -60,6 +60,7 @@ pub struct Gate {
     /// When the lease ends, by the clock; `i64::MAX`: there is none, and none is needed.
     deadline: AtomicI64,
     clock: Clock,
+    when_closed: Option<Box<dyn Fn() + Send + Sync>>,
 }
 
 /// Why a request was not admitted at once.
@@ -89,7 +90,15 @@ impl Gate {
             setting: Mutex::new(()),
             deadline: AtomicI64::new(i64::MAX),
             clock,
+            when_closed: None,
         }
+    }
+
+    /// Has something done whenever it is closed: for readers who wait for the upstream, which may never answer again when
+    /// the disk belongs to another. It must not wait. Who asks the gate after it has begun to wait is not forgotten: either
+    /// it finds the gate closed, or it is seen by this.
+    pub(crate) fn when_closed(self, work: impl Fn() + Send + Sync + 'static) -> Gate {
+        Gate { when_closed: Some(Box::new(work)), ..self }
     }
 
     /// The mode now.
@@ -107,6 +116,9 @@ impl Gate {
         // The mode counts from here on, also if the caller gives up waiting.
         self.word.store(number(old) << 2 | mode as u64, Ordering::SeqCst);
         self.changed.send_replace(());
+        if let (GateMode::Closed, Some(work)) = (mode, &self.when_closed) {
+            work();
+        }
         // Passes of the change before last, if somebody gave up waiting for them: their slot is needed now.
         self.drain(1 - slot).await;
         self.word.store(next << 2 | mode as u64, Ordering::SeqCst);
@@ -149,8 +161,7 @@ impl Gate {
         }
     }
 
-    /// Waits until nothing will be served here any more; for whoever waits for the upstream meanwhile, which may never
-    /// answer again when the disk belongs to another.
+    /// Waits until nothing will be served here any more; for tasks that wait for the upstream meanwhile.
     pub(crate) async fn until_closed(&self) -> Errno {
         let mut changed = self.changed.subscribe();
         // The sender lives as long as the gate.

@@ -171,7 +171,11 @@ impl LazyExport {
             inner: Arc::new(Inner {
                 name: parts.name,
                 read_only: parts.read_only,
-                gate: Gate::new(if parts.read_only { GateMode::ReadOnly } else { GateMode::Open }, boottime_clock()),
+                gate: gate(
+                    if parts.read_only { GateMode::ReadOnly } else { GateMode::Open },
+                    boottime_clock(),
+                    fetcher.as_ref(),
+                ),
                 tracker: Tracker::new(size),
                 flusher: Flusher::new(disk.clone(), parts.map_file, parts.map_files.clone()),
                 pace: Pace::new(),
@@ -198,7 +202,7 @@ impl LazyExport {
     /// Uses another clock for the lease. Only before the export is shared: otherwise it changes nothing.
     pub fn with_clock(mut self, clock: Clock) -> LazyExport {
         if let Some(inner) = Arc::get_mut(&mut self.inner) {
-            inner.gate = Gate::new(inner.gate.mode(), clock);
+            inner.gate = gate(inner.gate.mode(), clock, inner.fetcher.as_ref());
         }
         self
     }
@@ -386,6 +390,15 @@ impl LazyExport {
                 overview(map, unit, hot, cells)
             }
         }
+    }
+}
+
+/// A gate that, once it is closed, lets no reader wait for the upstream.
+fn gate(mode: GateMode, clock: Clock, fetcher: Option<&Arc<Fetcher>>) -> Gate {
+    let gate = Gate::new(mode, clock);
+    match fetcher.cloned() {
+        Some(fetcher) => gate.when_closed(move || fetcher.forget_readers()),
+        None => gate,
     }
 }
 

@@ -23,6 +23,7 @@ mod lazy;
 mod mutation;
 mod overview;
 mod pace;
+mod promised;
 mod requests;
 mod sparse;
 mod status;

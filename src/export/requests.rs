@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::{Bytes, BytesMut};
-use nbd::export::{Answer, Export, ExportInfo, Extent, LateRead, ReadAnswer, Spliced, ZeroMode};
+use nbd::export::{Answer, Export, ExportInfo, Extent, LateRead, Promise, ReadAnswer, ReadReply, Spliced, ZeroMode};
 use nbd::wire::Errno;
 use tokio::runtime::Handle;
 
@@ -13,6 +13,7 @@ use super::contexts;
 use super::gate::{GateMode, Refusal};
 use super::lazy::{Inner, LazyExport};
 use super::mutation::{self, Mutation};
+use super::promised;
 use super::status::errno_of;
 use crate::fetch::{Class, Fetched, Fetcher};
 use crate::pull::PullState;
@@ -40,13 +41,13 @@ impl Export for LazyExport {
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
         let inner = &self.inner;
         let range = ByteRange::at(offset, buffer.len() as u64);
-        let later = || ReadAnswer::Later(Box::pin(read_later(inner.clone(), range)));
+        let later = || ReadAnswer::Later(Box::pin(once_served(inner.clone())));
         match inner.gate.serve() {
             Ok(()) => {}
             Err(Refusal::Fail(errno)) => return ReadAnswer::Now(Err(errno)),
             Err(Refusal::Wait) => return later(),
         }
-        let Some(missing) = inner.readable(range) else { return later() };
+        let Some(missing) = inner.readable(range) else { return ReadAnswer::Promised };
         let read = inner.read_here(offset, buffer, &missing);
         // The lease may have ended while the disk was slow, or this process stood still.
         match (inner.gate.serve(), read) {
@@ -57,6 +58,14 @@ impl Export for LazyExport {
             (Err(Refusal::Fail(errno)), _) => ReadAnswer::Now(Err(errno)),
             (Err(Refusal::Wait), _) => later(),
         }
+    }
+
+    fn promise(&self, offset: u64, length: usize, reply: ReadReply) -> Promise {
+        promised::promise(&self.inner, ByteRange::at(offset, length as u64), reply)
+    }
+
+    fn forget(&self, promise: Promise) {
+        promised::forget(&self.inner, promise);
     }
 
     fn splice(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> Spliced {
@@ -192,22 +201,9 @@ async fn read_from_disk(inner: Arc<Inner>, range: ByteRange) -> Result<LateRead,
     bytes.map(LateRead::Bytes).map_err(|error| errno_of(&error))
 }
 
-/// A read that must wait: for the gate, or for missing blocks.
-async fn read_later(inner: Arc<Inner>, range: ByteRange) -> Result<LateRead, Errno> {
-    inner.gate.until_served().await?;
-    let blocks = inner.disk.block_size.cover(range);
-    let missing = !inner.disk.map.is_present(blocks);
-    let Some(fetcher) = inner.fetcher.as_ref().filter(|_| missing) else { return Ok(LateRead::AtHand) };
-    let fault = fetcher.faults.begin();
-    let brought = inner.fetch_or_closed(fetcher, blocks, Class::Demand).await?;
-    fault.served();
-    if brought.is_empty() {
-        return Ok(LateRead::AtHand);
-    }
-    let bytes = brought.assemble(&inner.disk, range);
-    // It may have been fenced meanwhile.
-    inner.gate.until_served().await?;
-    bytes.map(LateRead::Bytes).map_err(|error| errno_of(&error))
+/// A read that must wait for the gate.
+async fn once_served(inner: Arc<Inner>) -> Result<LateRead, Errno> {
+    inner.gate.until_served().await.map(|()| LateRead::AtHand)
 }
 
 #[cfg(test)]

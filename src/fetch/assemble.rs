@@ -46,19 +46,24 @@ impl Fetched {
         }
     }
 
-    /// The bytes of a range within what was fetched; without a copy where one reply holds them all.
-    pub fn assemble(&self, disk: &Disk, range: ByteRange) -> io::Result<Bytes> {
+    /// The bytes of a range; without a copy where one reply holds them all. `None` where some are neither in a reply nor in
+    /// the store.
+    pub fn assemble(&self, disk: &Disk, range: ByteRange) -> io::Result<Option<Bytes>> {
         let size = disk.size();
         let span = |blocks: BlockRange| disk.block_size.bytes_of(blocks, size);
         for (blocks, bytes) in &self.pieces {
             let piece = span(*blocks);
             if piece.start <= range.start && range.end <= piece.end {
-                return Ok(bytes.slice((range.start - piece.start) as usize..(range.end - piece.start) as usize));
+                return Ok(Some(bytes.slice((range.start - piece.start) as usize..(range.end - piece.start) as usize)));
             }
         }
-        let mut buffer = BytesMut::zeroed(range.len() as usize);
         let asked = disk.block_size.cover(range);
-        for blocks in self.not_brought(asked) {
+        let stored = self.not_brought(asked);
+        if !stored.iter().all(|blocks| disk.map.is_present(*blocks)) {
+            return Ok(None);
+        }
+        let mut buffer = BytesMut::zeroed(range.len() as usize);
+        for blocks in stored {
             let from = span(blocks);
             let (start, end) = (from.start.max(range.start), from.end.min(range.end));
             disk.read(start, &mut buffer[(start - range.start) as usize..(end - range.start) as usize])?;
@@ -71,6 +76,6 @@ impl Fetched {
                 buffer[(start - range.start) as usize..(end - range.start) as usize].copy_from_slice(from);
             }
         }
-        Ok(buffer.freeze())
+        Ok(Some(buffer.freeze()))
     }
 }

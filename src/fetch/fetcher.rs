@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustc_hash::FxHashMap;
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::assemble::Fetched;
@@ -17,6 +16,7 @@ use super::queue::{Cargo, Carrier, ClaimId, Claimed, Class, FetchQueue, FlightId
 use super::ranges::Ranges;
 use super::stats::{FaultStats, PullCounters};
 use super::traffic::{Share, Traffic};
+use super::waiters::{Tell, Waiters};
 use super::window::Window;
 use super::write_out::Backlog;
 use crate::limits::{BACKGROUND_CONNECTIONS, DEMAND_REST, DEMAND_WINDOW, MAX_FETCH, RETRY_MIN};
@@ -27,15 +27,10 @@ use crate::units::{BlockRange, ByteRange};
 /// How many bytes are marked under one hold of the lock.
 const KEEP_AT_ONCE: u64 = 64 << 20;
 
-pub(super) struct Waiter {
-    pub(super) brought: Fetched,
-    done: oneshot::Sender<Fetched>,
-}
-
 pub(super) struct State {
     pub(super) queue: FetchQueue,
     order: PullOrder,
-    pub(super) waiters: FxHashMap<Ticket, Waiter>,
+    pub(super) waiters: Waiters,
     pub(super) window: Window,
     pub(super) backlog: Backlog,
     /// When the rate limit lets the next background request go.
@@ -70,7 +65,7 @@ pub struct Fetcher {
     /// Bytes fetched and skipped.
     pub counters: PullCounters,
     /// What readers waited.
-    pub faults: FaultStats,
+    pub faults: Arc<FaultStats>,
 }
 
 /// What a lane shall do next.
@@ -100,7 +95,7 @@ impl Fetcher {
         let state = State {
             queue: FetchQueue::new(max_flight),
             order,
-            waiters: FxHashMap::default(),
+            waiters: Waiters::default(),
             window: Window::default(),
             backlog: Backlog::default(),
             rate_next: Duration::ZERO,
@@ -125,7 +120,7 @@ impl Fetcher {
             all_present: Notify::new(),
             pull_state: watch::Sender::new(first),
             counters: PullCounters::default(),
-            faults: FaultStats::default(),
+            faults: Arc::default(),
         })
     }
 
@@ -139,25 +134,54 @@ impl Fetcher {
     pub async fn fetch(self: &Arc<Self>, blocks: BlockRange, class: Class) -> Fetched {
         let mut brought = Fetched::default();
         loop {
-            let mut waiting = None;
-            {
-                let mut state = self.lock();
-                let wanted = brought.not_brought(blocks);
-                let missing: Ranges = wanted.into_iter().flat_map(|part| self.disk.map.missing_in(part)).collect();
-                if let Some(ticket) = state.queue.request(&missing, class) {
-                    waiting = Some(self.wait_for(&mut state, ticket));
-                    if class == Class::Demand && self.background() {
-                        state.order.hint(blocks);
-                    }
-                }
-            }
-            let Some(mut waiting) = waiting else { return brought };
-            self.send_demand();
-            brought.extend(waiting.done().await);
+            let (sender, receiver) = oneshot::channel();
+            let Ok(ticket) = self.ask(blocks, &brought, class, Tell::Task(sender)) else { return brought };
+            brought.extend(Waiting { fetcher: self.clone(), ticket, receiver }.done().await);
             if brought.not_brought(blocks).is_empty() {
                 return brought;
             }
         }
+    }
+
+    /// Has something done for a client when there is nothing left to wait for in a range, on whatever task that is seen:
+    /// it must not wait. Some of it may be missing all the same (a local write has failed): then ask again. `None`: it was
+    /// done already.
+    pub fn fetch_then(&self, blocks: BlockRange, done: impl FnOnce(Fetched) + Send + 'static) -> Option<Ticket> {
+        let asked = self.ask(blocks, &Fetched::default(), Class::Demand, Tell::Reader(Box::new(done)));
+        asked.map_err(|tell| tell.tell(Fetched::default())).ok()
+    }
+
+    /// Asks for what is missing of a range and was not brought; gives `tell` back where that is nothing.
+    fn ask(&self, blocks: BlockRange, brought: &Fetched, class: Class, tell: Tell) -> Result<Ticket, Tell> {
+        let mut state = self.lock();
+        let wanted = brought.not_brought(blocks);
+        let missing: Ranges = wanted.into_iter().flat_map(|part| self.disk.map.missing_in(part)).collect();
+        let Some(ticket) = state.queue.request(&missing, class) else { return Err(tell) };
+        state.waiters.add(ticket, tell);
+        if class == Class::Demand && self.background() {
+            state.order.hint(blocks);
+        }
+        drop(state);
+        self.send_demand();
+        Ok(ticket)
+    }
+
+    /// Nobody waits for a ticket any more: what was to be done then is dropped.
+    pub fn forget(&self, ticket: Ticket) {
+        let mut state = self.lock();
+        let told = state.waiters.forget(ticket);
+        if told.is_some() {
+            state.queue.cancel(ticket);
+        }
+        drop(state);
+        // Only now: what it does then is its own affair.
+        drop(told);
+    }
+
+    /// The same for all but tasks.
+    pub fn forget_readers(&self) {
+        let readers = self.lock().waiters.readers();
+        readers.into_iter().for_each(|ticket| self.forget(ticket));
     }
 
     /// The missing blocks of a range if the source's map says of all of them that they are zero.
@@ -190,10 +214,16 @@ impl Fetcher {
         let mut state = self.lock();
         match state.queue.claim(blocks) {
             Claimed::Granted(id, finished) => {
-                self.finish(&mut state, finished);
+                let served = state.waiters.finish(finished);
+                drop(state);
+                served.tell();
                 Ok(ClaimGuard { fetcher: self.clone(), id })
             }
-            Claimed::Wait(ticket) => Err(self.wait_for(&mut state, ticket)),
+            Claimed::Wait(ticket) => {
+                let (sender, receiver) = oneshot::channel();
+                state.waiters.add(ticket, Tell::Task(sender));
+                Err(Waiting { fetcher: self.clone(), ticket, receiver })
+            }
         }
     }
 
@@ -225,7 +255,9 @@ impl Fetcher {
             self.counters.skipped_bytes.fetch_add(bytes, Ordering::Relaxed);
         }
         finished.extend(state.queue.release(claim));
-        self.finish(&mut state, finished);
+        let served = state.waiters.finish(finished);
+        drop(state);
+        served.tell();
     }
 
     /// Switches the background pull on or off. What is in flight still arrives.
@@ -482,21 +514,6 @@ impl Fetcher {
         self.pull_state.send_if_modified(|state| *state != PullState::Complete && std::mem::replace(state, new) != new);
     }
 
-    fn wait_for(self: &Arc<Self>, state: &mut State, ticket: Ticket) -> Waiting {
-        let (done, receiver) = oneshot::channel();
-        state.waiters.insert(ticket, Waiter { brought: Fetched::default(), done });
-        Waiting { fetcher: self.clone(), ticket, receiver }
-    }
-
-    pub(super) fn finish(&self, state: &mut State, tickets: impl IntoIterator<Item = Ticket>) {
-        for ticket in tickets {
-            if let Some(waiter) = state.waiters.remove(&ticket) {
-                // The other side may have gone: then nobody minds.
-                let _ = waiter.done.send(waiter.brought);
-            }
-        }
-    }
-
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -525,10 +542,7 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        let mut state = self.fetcher.lock();
-        if state.waiters.remove(&self.ticket).is_some() {
-            state.queue.cancel(self.ticket);
-        }
+        self.fetcher.forget(self.ticket);
     }
 }
 
@@ -542,8 +556,9 @@ impl Drop for ClaimGuard {
     fn drop(&mut self) {
         let mut state = self.fetcher.lock();
         let finished = state.queue.release(self.id);
-        self.fetcher.finish(&mut state, finished);
+        let served = state.waiters.finish(finished);
         drop(state);
+        served.tell();
         self.fetcher.note_present();
     }
 }

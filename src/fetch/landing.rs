@@ -15,7 +15,7 @@ use nbd::client::Sink;
 
 use super::assemble::Pieces;
 use super::fetcher::{Fetcher, State};
-use super::queue::{Cargo, Carrier, Class, Landed, Outgoing};
+use super::queue::{Cargo, Carrier, Class, Outgoing};
 use crate::limits::NO_SPACE_PAUSE;
 use crate::pull::PullState;
 use crate::units::ByteRange;
@@ -50,13 +50,7 @@ impl Fetcher {
                 pieces.push((part, piece));
             }
         }
-        self.landed(flight, result, took, |state, landed| {
-            for ticket in &landed.joined {
-                if let Some(waiter) = state.waiters.get_mut(ticket) {
-                    pieces.iter().for_each(|(blocks, bytes)| waiter.brought.push(*blocks, bytes.clone()));
-                }
-            }
-        })
+        self.landed(flight, result, took, &pieces)
     }
 
     /// All bytes of a flight have come down the runway. Who waits for them reads the store. Answers as [`Fetcher::land`].
@@ -71,24 +65,18 @@ impl Fetcher {
             }
             Some(error) => Err(error),
         };
-        self.landed(flight, result, took, |_, _| {})
+        self.landed(flight, result, took, &Pieces::new())
     }
 
-    fn landed(
-        &self,
-        flight: &Outgoing,
-        result: io::Result<()>,
-        took: Duration,
-        serve: impl FnOnce(&mut State, &Landed),
-    ) -> bool {
+    fn landed(&self, flight: &Outgoing, result: io::Result<()>, took: Duration, pieces: &Pieces) -> bool {
         let length = self.disk.block_size.bytes_of(flight.range, self.disk.size()).len();
         if flight.cargo == Cargo::Bytes {
             self.counters.pulled_bytes.fetch_add(length, Ordering::Relaxed);
         }
         let mut state = self.lock();
         let landed = state.queue.landed(flight.id);
-        serve(&mut state, &landed);
-        self.finish(&mut state, landed.finished);
+        state.waiters.bring(&landed.joined, pieces);
+        let served = state.waiters.finish(landed.finished);
         if flight.class == Class::Background && flight.cargo == Cargo::Bytes {
             state.window.answered(self.now(), took, length);
             if state.backlog.landed(self.disk.block_size.bytes_of(flight.range, self.disk.size())) {
@@ -100,6 +88,7 @@ impl Fetcher {
         let more = state.queue.has_ready();
         self.tell(&mut state);
         drop(state);
+        served.tell();
         self.note_present();
         // Of a landing in the background the lane itself knows; the others may have been waiting for room too.
         if (demand_rests || flight.class == Class::Background) && self.held_back.swap(false, Ordering::AcqRel) {
@@ -159,7 +148,9 @@ impl Fetcher {
         }
         let mut state = self.lock();
         let finished = state.queue.put_down(flight.id);
-        self.finish(&mut state, finished);
+        let served = state.waiters.finish(finished);
+        drop(state);
+        served.tell();
     }
 }
 

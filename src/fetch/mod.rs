@@ -14,11 +14,12 @@ mod ranges;
 mod stats;
 pub(crate) mod threads;
 mod traffic;
+mod waiters;
 mod window;
 pub(crate) mod write_out;
 
 pub use assemble::Fetched;
 pub use fetcher::{ClaimGuard, Fetcher, Waiting};
-pub use queue::Class;
-pub use stats::{FaultStats, FaultSummary, PullCounters, WaitHistogram, percentile, wait_limit_us};
+pub use queue::{Class, Ticket};
+pub use stats::{Fault, FaultStats, FaultSummary, PullCounters, WaitHistogram, percentile, wait_limit_us};
 pub use traffic::Traffic;

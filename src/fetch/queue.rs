@@ -40,7 +40,7 @@ pub enum Class {
 
 /// Someone who waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Ticket(u64);
+pub struct Ticket(pub u64);
 
 /// Nearly always one.
 pub type Tickets = SmallVec<[Ticket; 2]>;

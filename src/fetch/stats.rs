@@ -1,7 +1,7 @@
 //! Counters for people: what was pulled, and what readers of missing blocks had to wait.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -35,20 +35,20 @@ pub struct FaultStats {
 }
 
 /// One request that waits for a missing block. It is counted when it has got it, not when it was given up.
-pub struct Fault<'a> {
-    stats: &'a FaultStats,
+pub struct Fault {
+    stats: Arc<FaultStats>,
     place: usize,
     since: Instant,
 }
 
-impl Fault<'_> {
+impl Fault {
     /// The block is here.
     pub fn served(self) {
         self.stats.record(self.since.elapsed());
     }
 }
 
-impl Drop for Fault<'_> {
+impl Drop for Fault {
     fn drop(&mut self) {
         self.stats.waiting().remove(self.place);
     }
@@ -95,9 +95,9 @@ const BOUNDS: std::ops::RangeInclusive<u32> = 7..=26;
 
 impl FaultStats {
     /// A request begins to wait.
-    pub fn begin(&self) -> Fault<'_> {
+    pub fn begin(self: &Arc<Self>) -> Fault {
         let since = Instant::now();
-        Fault { stats: self, place: self.waiting().insert(since), since }
+        Fault { stats: self.clone(), place: self.waiting().insert(since), since }
     }
 
     /// For how long the request that has waited longest has done so.
@@ -191,7 +191,7 @@ mod tests {
 
     #[test]
     fn whoever_waits_is_seen_until_served_or_given_up() {
-        let stats = FaultStats::default();
+        let stats = Arc::new(FaultStats::default());
         assert_eq!(stats.longest_wait(), None);
         let (first, second, third) = (stats.begin(), stats.begin(), stats.begin());
         assert!(stats.longest_wait().is_some_and(|wait| wait >= second.since.elapsed().saturating_sub(wait)));

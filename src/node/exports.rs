@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use nbd::export::{Answer, Export, ExportInfo, Exports, Extent, ReadAnswer, ZeroMode};
+use nbd::export::{Answer, Export, ExportInfo, Exports, Extent, Promise, ReadAnswer, ReadReply, ZeroMode};
 use nbd::tls::Identity;
 use nbd::wire::Errno;
 
@@ -96,6 +96,14 @@ impl Export for ReadOnly {
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
         self.0.read(offset, buffer)
+    }
+
+    fn promise(&self, offset: u64, length: usize, reply: ReadReply) -> Promise {
+        self.0.promise(offset, length, reply)
+    }
+
+    fn forget(&self, promise: Promise) {
+        self.0.forget(promise);
     }
 
     fn write(&self, _: u64, _: Bytes, _: bool) -> Answer<()> {

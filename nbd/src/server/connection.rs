@@ -27,6 +27,7 @@ use super::client_end::ClientEnd;
 use super::flight::{Done, InFlight, Status, Work, cost};
 use super::patience::Patience;
 use super::pieces::PiecedWrite;
+use super::promised::Promised;
 use super::splice::Pipe;
 use super::{Draining, Ended, ServeOptions, ServerError};
 use crate::export::{Answer, Export, LateRead, ReadAnswer, Spliced, ZeroMode};
@@ -58,6 +59,7 @@ pub(super) struct Connection<S> {
     rules: Rules,
     contexts: Vec<MetaContext>,
     in_flight: FuturesUnordered<InFlight>,
+    promised: Promised,
     bytes_in_flight: usize,
     share: Share,
     phase: Phase,
@@ -100,6 +102,7 @@ impl<S: ClientEnd> Connection<S> {
             },
             contexts: entered.contexts,
             in_flight: FuturesUnordered::new(),
+            promised: Promised::by(entered.export.clone()),
             bytes_in_flight: 0,
             share,
             phase: Phase::Serving,
@@ -147,7 +150,7 @@ impl<S: ClientEnd> Connection<S> {
     }
 
     fn is_finished(&self) -> bool {
-        self.phase == Phase::Finishing && self.in_flight.is_empty() && self.output.is_empty()
+        self.phase == Phase::Finishing && self.waiting() == 0 && self.output.is_empty()
     }
 
     /// Works until there is nothing to do (`Pending`), or until the connection's phase has changed or it is finished.
@@ -155,7 +158,7 @@ impl<S: ClientEnd> Connection<S> {
         let phase = self.phase;
         loop {
             let more = if self.phase == Phase::Finishing { false } else { self.take_requests(cx)? };
-            while let Poll::Ready(Some((request, done))) = self.in_flight.poll_next_unpin(cx) {
+            while let Poll::Ready((request, done)) = self.poll_late(cx) {
                 self.finish(&request, done);
                 if self.output.has_elsewhere() {
                     // So that the pipe is free for the next one.
@@ -190,7 +193,7 @@ impl<S: ClientEnd> Connection<S> {
                 }
                 Poll::Ready(_) => {}
                 Poll::Pending => {
-                    if self.phase == Phase::Refusing && self.in_flight.is_empty() && sent.is_ready() {
+                    if self.phase == Phase::Refusing && self.waiting() == 0 && sent.is_ready() {
                         self.phase = Phase::Finishing;
                         return Poll::Ready(Ok(()));
                     }
@@ -198,6 +201,22 @@ impl<S: ClientEnd> Connection<S> {
                 }
             }
         }
+    }
+
+    /// The next answer that was waited for.
+    fn poll_late(&mut self, cx: &mut Context<'_>) -> Poll<(Request, Done)> {
+        if let Poll::Ready((request, outcome)) = self.promised.poll_next(cx) {
+            return Poll::Ready((request, Done::Read(outcome)));
+        }
+        match self.in_flight.poll_next_unpin(cx) {
+            Poll::Ready(Some(done)) => Poll::Ready(done),
+            Poll::Ready(None) | Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// How many requests wait for their answer.
+    fn waiting(&self) -> usize {
+        self.in_flight.len() + self.promised.len()
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -211,7 +230,7 @@ impl<S: ClientEnd> Connection<S> {
     fn has_room(&self, cx: &Context<'_>) -> bool {
         if self.output.has_elsewhere()
             || self.output.len() >= OUTPUT_HIGH_WATER
-            || self.in_flight.len() >= MAX_REQUESTS_IN_FLIGHT
+            || self.waiting() >= MAX_REQUESTS_IN_FLIGHT
             || self.bytes_in_flight >= MAX_BYTES_IN_FLIGHT
         {
             return false;
@@ -225,7 +244,10 @@ impl<S: ClientEnd> Connection<S> {
     /// What counts against the server's budget: requests in flight, and bytes held for them and for their replies.
     fn held(&self) -> (usize, usize) {
         let bytes = self.bytes_in_flight + self.output.len() + self.input.len();
-        if self.in_flight.is_empty() && bytes <= UNCOUNTED_BYTES { (0, 0) } else { (self.in_flight.len(), bytes) }
+        match self.waiting() {
+            0 if bytes <= UNCOUNTED_BYTES => (0, 0),
+            waiting => (waiting, bytes),
+        }
     }
 
     /// Answers or begins all requests that have arrived. `true` when it stopped for want of room.
@@ -348,6 +370,10 @@ impl<S: ClientEnd> Connection<S> {
         match answer {
             ReadAnswer::Now(Err(error)) => self.answer(request, Err(error)),
             ReadAnswer::Later(work) => self.begin(*request, Work::Read(work)),
+            ReadAnswer::Promised => {
+                self.bytes_in_flight += cost(request);
+                self.promised.ask(*request);
+            }
             ReadAnswer::Sparse(holes) if framing.has_chunks() && !request.flags.contains(CommandFlags::DF) => {
                 self.read_sparse(request, head, &holes);
             }

@@ -12,6 +12,7 @@ pub mod listener;
 mod negotiate;
 mod patience;
 mod pieces;
+mod promised;
 mod socket;
 pub(crate) mod splice;
 pub mod unix_path;

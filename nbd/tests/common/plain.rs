@@ -4,13 +4,17 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use nbd::export::{Answer, Export, ExportInfo, Extent, ReadAnswer, Spliced, ZeroMode};
+use nbd::export::{Answer, Export, ExportInfo, Extent, Promise, ReadAnswer, ReadReply, Spliced, ZeroMode};
 use nbd::wire::Errno;
 
 /// What the test cares for.
 pub trait Plain: Send + Sync + 'static {
     fn info(&self) -> ExportInfo;
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer;
+    fn promise(&self, _offset: u64, _length: usize, _reply: ReadReply) -> Promise {
+        panic!("nothing was promised");
+    }
+    fn forget(&self, _promise: Promise) {}
     fn splice(&self, _offset: u64, _length: usize, _pipe: BorrowedFd<'_>) -> Spliced {
         Spliced::No
     }
@@ -32,6 +36,14 @@ impl<P: Plain> Export for Served<P> {
 
     fn read(&self, offset: u64, buffer: &mut [u8]) -> ReadAnswer {
         self.0.read(offset, buffer)
+    }
+
+    fn promise(&self, offset: u64, length: usize, reply: ReadReply) -> Promise {
+        self.0.promise(offset, length, reply)
+    }
+
+    fn forget(&self, promise: Promise) {
+        self.0.forget(promise);
     }
 
     fn splice(&self, offset: u64, length: usize, pipe: BorrowedFd<'_>) -> Spliced {

@@ -53,7 +53,7 @@ impl<S: ClientEnd> Connection<S> {
 
     /// After a receive. Where a client asks one thing after the other, the task is polled again at once.
     fn look_again(&mut self, cx: &mut Context<'_>, pending: bool) {
-        let idle = self.phase == Phase::Serving && self.in_flight.is_empty() && self.output.is_empty();
+        let idle = self.phase == Phase::Serving && self.waiting() == 0 && self.output.is_empty();
         if !idle || self.taken > 1 {
             self.patience.busy();
         } else if !pending {
