@@ -3,7 +3,8 @@
 //! One task drives a connection: it decodes all requests of a receive, calls the export for each, and answers all that
 //! are ready in one send. So an export answers **at once** wherever it can ([`Answer::Now`]); only what must wait for a
 //! peer or for the disk's write cache returns a future ([`Answer::Later`]), which the connection's own task polls: there
-//! is never a task a request. The server has checked range, alignment, flags and read-only before it calls.
+//! is never a task a request. A READ may also be promised ([`ReadAnswer::Promised`]): answered by whoever gets its bytes.
+//! The server has checked range, alignment, flags and read-only before it calls.
 
 use std::future::poll_fn;
 use std::ops::Range;

@@ -2,7 +2,8 @@
 //!
 //! Each round takes all requests that a receive brought, lets the export answer them inline, and sends all replies at
 //! once. A READ that is answered at once is made in the output buffer behind the space of its head; the head is filled in
-//! when the read has succeeded. What comes later is a future in a set that the same task polls.
+//! when the read has succeeded. What comes later is a future in a set that the same task polls, or an answer that somebody
+//! else puts into the connection's inbox ([`crate::promise`]).
 //!
 //! Requests are taken while replies are waiting to be sent, so that a peer that writes without reading does not block
 //! itself, but only up to the bounds of [`crate::limits`]; then the connection stops receiving until there is room.
