@@ -276,6 +276,9 @@ impl Driver {
     /// The operator sees why the source is not released.
     fn note_refusal(&mut self, event: &DestinationEvent) {
         if let DestinationEvent::SourceKnows(Err(failure)) | DestinationEvent::Verified(Err(failure)) = event {
+            if self.last_error.as_ref() != Some(&failure.message) {
+                tracing::warn!(%failure, "the source is not released yet");
+            }
             self.last_error = Some(failure.message.clone());
         }
     }
